@@ -1,0 +1,140 @@
+"""Evaluation workers: each scores a shard of a snapshot; they lag behind training and never stall it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.feature_space import stored_feature_network
+from actors.recipe import load_unet
+from actors.wire import unpack_state
+from cluster.failures import reporting
+from cluster.storage import RunStore
+from cluster.waiting import done, get
+from counterpoint.evaluation import EvaluationConfig, generate, score_shard
+from counterpoint.metrics.features import FeatureConfig
+from counterpoint.metrics.score import Reference, Scores
+from counterpoint.optimization import load_weights
+from counterpoint.pipeline import ClassConditionalPipeline
+
+logger = logging.getLogger(__name__)
+
+PREVIEW = 50
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """What an evaluation worker is made of."""
+
+    run: str
+    """URI of the run whose network is scored, or whose shape snapshots have."""
+    features: FeatureConfig
+    scheduler: Any
+    """The diffusers scheduler that samples from a snapshot."""
+    steps: tuple[int, ...]
+    """Numbers of steps to score."""
+    config: EvaluationConfig
+    feature_space: str | None = None
+    """URI of the teacher's run, which stores the feature space; `run` itself unless given."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one worker found out about a snapshot."""
+
+    scores: dict[int, dict[str, np.ndarray]]
+    """`Scores` as arrays, by number of steps."""
+    preview: np.ndarray | None
+    """A few images, uint8 [n,C,H,W]."""
+
+
+class Evaluator:
+    """Scores shards of snapshots; an ordinary class, to which `ray.remote` adds only transport."""
+
+    def __init__(self, recipe: EvaluationRecipe) -> None:
+        self.recipe = recipe
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.network = stored_feature_network(RunStore(recipe.feature_space or recipe.run), recipe.features)
+        self.pipeline = ClassConditionalPipeline(load_unet(recipe.run).to(device), recipe.scheduler)
+
+    @reporting("evaluator")
+    def score(self, weights: dict[str, np.ndarray] | None, shard: int, shards: int) -> Shard:
+        """Return one shard's scores by number of steps; None scores the weights of the recipe's own run.
+
+        Shard 0 brings a few images along, made in the fewest steps, for people to look at.
+        """
+        if weights is not None:
+            load_weights(self.pipeline.unet, unpack_state(weights))
+        scores = {}
+        for steps in self.recipe.steps:
+            part = score_shard(self.pipeline, self.network, steps, self.recipe.config, shard, shards)
+            scores[steps] = part.as_arrays()
+        preview = None
+        if shard == 0:
+            images, _ = generate(self.pipeline, range(PREVIEW), min(self.recipe.steps), self.recipe.config)
+            preview = ((images + 1.0) * 127.5).round().to(torch.uint8).numpy()
+        return Shard(scores, preview)
+
+
+@dataclass
+class _Flight:
+    step: int
+    refs: list[Any]
+
+
+class EvaluationPool:
+    """Rank 0's end of the evaluation workers."""
+
+    def __init__(self, workers: Sequence[Any], reference: Reference, patience: float = 300.0) -> None:
+        self.workers, self.reference, self.patience = list(workers), reference, patience
+        self.skipped = 0
+        """Snapshots that were not scored because the workers were still busy with an earlier one."""
+        self._flight: _Flight | None = None
+
+    def offer(self, step: int, weights: dict[str, torch.Tensor]) -> None:
+        """Have a snapshot scored if the workers are free; returns at once either way."""
+        if not self.workers:
+            return
+        if self._flight is not None:
+            self.skipped += 1
+            return
+        arrays = ray.put({name: tensor.numpy() for name, tensor in weights.items()})
+        shards = len(self.workers)
+        self._flight = _Flight(step, [w.score.remote(arrays, i, shards) for i, w in enumerate(self.workers)])
+
+    def poll(self) -> dict[str, Any] | None:
+        """Return the row of a snapshot that has been scored since, or None."""
+        if self._flight is None or done(self._flight.refs)[1]:
+            return None
+        return self._land()
+
+    def finish(self) -> dict[str, Any] | None:
+        """Wait for what is still in flight and return its row."""
+        return None if self._flight is None else self._land()
+
+    def _land(self) -> dict[str, Any] | None:
+        assert self._flight is not None
+        flight, self._flight = self._flight, None
+        try:
+            shards = get(flight.refs, timeout=self.patience, what=f"scores of step {flight.step}")
+        except Exception as error:
+            # A lost evaluation is a missing point on a curve, not a reason to stop.
+            logger.warning("the snapshot of step %d was not scored: %s", flight.step, error)
+            return None
+        return {"step": flight.step, "preview": shards[0].preview} | merged_table(shards, self.reference)
+
+
+def merged_table(shards: Sequence[Shard], reference: Reference) -> dict[str, Any]:
+    """Merge the shards and return the table of figures by number of steps, as "steps_1", "steps_2" ..."""
+    table: dict[str, Any] = {}
+    for steps in shards[0].scores:
+        scores = [Scores.from_arrays(shard.scores[steps]) for shard in shards]
+        whole = scores[0]
+        for other in scores[1:]:
+            whole = whole.merge(other)
+        table[f"steps_{steps}"] = dict(whole.compute(reference))
+    return table

@@ -1,0 +1,217 @@
+"""The panel that trainers talk to: critic groups in actors, asked at once, outliving any of them."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from actors.assembly import Behind
+from actors.wire import Message, pack, pack_state, unpack_state, unpack_verdict
+from cluster.failures import Failure, classify, failure, retrying
+from cluster.waiting import get, unwrapped
+from counterpoint.critics.group import Samples
+from counterpoint.critics.panel import PanelVerdict, group_name, merge, route
+from counterpoint.critics.pool import Pool
+
+Key = tuple[int, int]
+RETRY_S = 0.5
+"""Seconds between attempts to reach a host that is being restarted."""
+
+
+@dataclass(frozen=True)
+class HostHandle:
+    """A host of critic groups, as the driver made it."""
+
+    name: str
+    groups: tuple[int, ...]
+    actor: Any
+
+
+@dataclass
+class Timings:
+    """Where the time of asking went, in seconds since `start`."""
+
+    compute_s: float = 0.0
+    """Judging inside the hosts, the slowest host of each step."""
+    wire_s: float = 0.0
+    """Packing and unpacking in this process."""
+    wait_s: float = 0.0
+    """Blocked on answers, beyond the slowest host's judging: transport, queueing, other ranks."""
+
+    def add(self, compute: float, wire: float, blocked: float) -> None:
+        """Add one step's share."""
+        self.compute_s += compute
+        self.wire_s += wire
+        self.wait_s += max(0.0, blocked - compute)
+
+
+@dataclass
+class _Line:
+    """What this rank has sent to one group, as far as the group might need it again."""
+
+    sent: deque[tuple[Key, Message]] = field(default_factory=deque)
+    last: Key | None = None
+
+
+class RemotePanel:
+    """A `Panel` whose critic groups live in `CriticHost` actors; one per trainer rank.
+
+    A host that dies is restarted by Ray and goes back to its last snapshot; the messages since then are kept
+    here and sent again, so the panel's state is the one of an undisturbed run. Other failures, and hosts
+    that do not come back within `patience` seconds, are raised as `Failure`.
+    """
+
+    def __init__(
+        self, pool: Pool, hosts: Sequence[HostHandle], rank: int = 0, ranks: int = 1, patience: float = 120.0
+    ) -> None:
+        self.pool = pool
+        self.hosts = {index: host for host in hosts for index in host.groups}
+        self.rank, self.ranks, self.patience = rank, ranks, patience
+        self.timings = Timings()
+        self.recoveries = 0
+        """Times a group had to be sent earlier messages again."""
+        self._lines = {index: _Line() for index in self.hosts}
+
+    def ask(self, samples: Samples, groups: Tensor) -> "Asked":
+        """Send the samples to their groups and return without waiting; see `Panel.ask`."""
+        begun = time.perf_counter()
+        routed = route(samples, groups)
+        refs = {}
+        for group, (_, part) in routed.items():
+            line = self._lines[group]
+            key = (part.step, part.micro)
+            message = pack(part) | {"after": line.last}
+            line.sent.append((key, message))
+            line.last = key
+            refs[group] = self._send(group, message)
+        positions = {group: where for group, (where, _) in routed.items()}
+        return Asked(self, samples, positions, refs, time.perf_counter() - begun)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return every group's state by name, after all that this rank has asked."""
+        return {group_name(group): unpack_state(self._state_of(group)) for group in self.hosts}
+
+    def load(self, state: dict[str, dict[str, Tensor]], step: int) -> None:
+        """Return every group to a stored state; rank 0 does it for all, and nobody asks before it is done."""
+        self._lines = {index: _Line() for index in self.hosts}
+        if self.rank != 0:
+            return
+        packed = ray.put({name: pack_state(part) for name, part in state.items()})
+        self._all("load", packed, step)
+
+    def digests(self) -> dict[str, str]:
+        """Return each group's digest of its heads."""
+        return {name: digest for answer in self._all("digests") for name, digest in answer.items()}
+
+    def answer(self, group: int, ref: Any) -> Message:
+        """Wait for a group's answer, bringing it back first if it died; used by `Asked`."""
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                what = f"verdict of {self.hosts[group].name}"
+                message: Message = get(ref, timeout=max(1.0, deadline - time.monotonic()), what=what)
+                break
+            except Exception as error:
+                ref = self._recover(group, error, deadline)
+        line = self._lines[group]
+        while line.sent and line.sent[0][0] < (message["durable"], 0):
+            line.sent.popleft()
+        return message
+
+    def _state_of(self, group: int) -> dict[str, Any]:
+        deadline = time.monotonic() + self.patience
+        host = self.hosts[group]
+        while True:
+            try:
+                ref = host.actor.state.remote(group, self._lines[group].last)
+                state: dict[str, Any] = get(ref, timeout=self.patience, what=f"state of {host.name}")
+                return state
+            except Exception as error:
+                self.answer(group, self._recover(group, error, deadline))
+
+    def _recover(self, group: int, error: Exception, deadline: float) -> Any:
+        """Bring a group up to date after `error` and return a reference to its answer to the last message.
+
+        Anything but the loss of the host, or of what it had been told, is raised as a `Failure`.
+        """
+        line = self._lines[group]
+        while True:
+            cause = unwrapped(error)
+            behind = isinstance(cause, Failure) and cause.original.endswith(Behind.__name__)
+            gone = classify(error) == "infrastructure" and not isinstance(cause, Failure)
+            if not (behind or gone) or not line.sent:
+                raise failure(error, self.hosts[group].name, line.last[0] if line.last else None) from error
+            try:
+                return self._send_again(group, deadline)
+            except Exception as another:
+                error = another
+
+    def _send_again(self, group: int, deadline: float) -> Any:
+        """Send a group what it lacks, and return a reference to its answer to the last message."""
+        expected = self._expected(group, deadline)
+        self.recoveries += 1
+        sent = self._lines[group].sent
+        again = [message for key, message in sent if key >= expected] or [sent[-1][1]]
+        for message in again[:-1]:
+            # One at a time: a host's threads may take up calls in any order.
+            left = max(1.0, deadline - time.monotonic())
+            get(
+                self._send(group, message), timeout=left, what=f"repeated verdict of {self.hosts[group].name}"
+            )
+        return self._send(group, again[-1])
+
+    def _expected(self, group: int, deadline: float) -> Key:
+        """Wait until a host answers again, and return the first key that it has not judged."""
+        host = self.hosts[group]
+        while True:
+            left = max(1.0, deadline - time.monotonic())
+            try:
+                expected: Key = get(
+                    host.actor.expects.remote(group), timeout=left, what=f"return of {host.name}"
+                )
+                return expected
+            except Exception as error:
+                if classify(error) != "infrastructure" or time.monotonic() + RETRY_S > deadline:
+                    raise failure(error, host.name) from error
+                time.sleep(RETRY_S)
+
+    def _send(self, group: int, message: Message) -> Any:
+        return self.hosts[group].actor.judge.remote(group, self.rank, self.ranks, message)
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        """Call a method that may be repeated on every host, waiting for hosts that are being restarted."""
+        hosts = {host.name: host.actor for host in self.hosts.values()}
+
+        def call() -> list[Any]:
+            refs = {name: getattr(actor, method).remote(*args) for name, actor in hosts.items()}
+            return list(get(refs, timeout=self.patience, what=f"{method} of the critic hosts").values())
+
+        attempts = max(2, int(self.patience / RETRY_S))
+        return retrying(call, what=method, attempts=attempts, backoff=RETRY_S, budget=self.patience)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question on its way to several groups."""
+
+    panel: RemotePanel
+    samples: Samples
+    positions: dict[int, Tensor]
+    refs: dict[int, Any]
+    packing_s: float
+
+    def result(self) -> PanelVerdict:
+        """Wait for all groups and merge their verdicts."""
+        begun = time.perf_counter()
+        answers = {group: self.panel.answer(group, ref) for group, ref in self.refs.items()}
+        blocked = time.perf_counter() - begun
+        verdicts = {group: unpack_verdict(answer) for group, answer in answers.items()}
+        merged = merge(self.samples, self.positions, verdicts)
+        unpacking = time.perf_counter() - begun - blocked
+        slowest = max(answer["seconds"] for answer in answers.values())
+        self.panel.timings.add(slowest, self.packing_s + unpacking, blocked)
+        return merged

@@ -1,0 +1,226 @@
+"""The training loop that every trainer runs in, alone or as one of several Ray Train workers."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from actors.evaluation import EvaluationPool
+from cluster.checkpoints import latest_checkpoint, prune_checkpoints, save_checkpoint
+from cluster.metrics_log import MetricsLog
+from cluster.storage import RunStore, save_image
+from counterpoint.alarms import Watcher
+from counterpoint.grids import image_grid
+from counterpoint.place import Place
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, dict[str, Tensor]]
+WEIGHTS = "weights"
+PREVIEW_COLUMNS = 10
+
+
+class Trainer(Protocol):
+    """What the loop trains; see `counterpoint.teacher` and `counterpoint.distillation`."""
+
+    total_steps: int
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Take optimizer step `step` and return its figures."""
+        ...
+
+    def samples_per_step(self, step: int) -> int:
+        """Return the samples that all ranks together learn from in a step."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights worth evaluating and keeping."""
+        ...
+
+    def state(self) -> State:
+        """Return everything the future depends on, besides the step number."""
+        ...
+
+    def load(self, state: State, step: int) -> None:
+        """Return to a stored state, after which `step` comes next."""
+        ...
+
+
+Report = Callable[[dict[str, Any]], bool]
+
+
+def silent(figures: dict[str, Any]) -> bool:
+    """Report to nobody, and never stop."""
+    return False
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """What a worker needs to run the loop."""
+
+    uri: str
+    """The run's storage URI."""
+    build: Callable[[Place, RunStore, Report], Trainer]
+    """Makes this rank's trainer; long preparations report their progress."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the first comes before step 0, the last after the last step."""
+    evaluate_every: int = 0
+    """Steps between snapshots offered to the evaluation workers; 0 offers none."""
+    report: Report = silent
+    """Takes the newest figures to whoever watches, and says whether to stop; asked on rank 0."""
+    evaluation: EvaluationPool | None = None
+    watch: Callable[[], Watcher] | None = None
+    """Makes the watcher that looks at rank 0's figures after each step."""
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """How a loop ended."""
+
+    steps: int
+    """Steps that are done, over all lives of the run."""
+    finished: bool
+    """False if it was asked to stop before the last step."""
+    started_at: int
+    """Step at which this life of the loop began."""
+    alarms: tuple[str, ...] = ()
+
+
+def run_loop(spec: LoopSpec, place: Place) -> LoopResult:
+    """Resume from the newest whole checkpoint, or begin, and train to the end or until asked to stop.
+
+    Every rank calls it. Rank 0 writes metrics and checkpoints. Whatever ends the loop early, an error
+    included, a later call with the same store goes on from the last checkpoint as if nothing had happened.
+    """
+    store = RunStore(spec.uri)
+    trainer = spec.build(place, store, spec.report if place.rank == 0 else silent)
+    start = _resume(trainer, store)
+    _barrier(place)
+    chief = _Chief(spec, store, start or 0) if place.rank == 0 else None
+    if start is None:
+        # Critics in actors outlive a trainer that dies early: this is what they are set back to then.
+        start = 0
+        if chief:
+            chief.save(trainer, start)
+        _barrier(place)
+    step = start
+    try:
+        while step < trainer.total_steps:
+            begun = time.perf_counter()
+            figures = trainer.step(step)
+            seconds = time.perf_counter() - begun
+            step += 1
+            stop = chief.after(trainer, step, figures, seconds) if chief else False
+            stop = _agree(stop, place)
+            if stop or step == trainer.total_steps or step % spec.checkpoint_every == 0:
+                if chief:
+                    chief.save(trainer, step)
+                _barrier(place)
+            if stop:
+                break
+        if chief:
+            chief.finish()
+    finally:
+        if chief:
+            chief.close()
+    alarms = tuple(chief.alarms) if chief else ()
+    return LoopResult(step, step >= trainer.total_steps, start, alarms)
+
+
+def _resume(trainer: Trainer, store: RunStore) -> int | None:
+    checkpoint = latest_checkpoint(store)
+    if checkpoint is None:
+        return None
+    state = {name: checkpoint.tensors(name) for name in checkpoint.files if name != WEIGHTS}
+    trainer.load(state, checkpoint.step)
+    logger.info("resumed from the checkpoint of step %d", checkpoint.step)
+    return checkpoint.step
+
+
+class _Chief:
+    """What rank 0 does beside training."""
+
+    def __init__(self, spec: LoopSpec, store: RunStore, start: int) -> None:
+        self.spec, self.store = spec, store
+        self.metrics = MetricsLog(store)
+        self.metrics.truncate(start)
+        self.evaluations = MetricsLog(store, "evaluations.jsonl", tensorboard=False, flush_rows=1)
+        self.evaluations.truncate(start)
+        self.watcher = spec.watch() if spec.watch else None
+        if self.watcher is not None:
+            # What the alarms look back on is not in the checkpoint: the rows that were kept bring it back.
+            for row in self.metrics.read():
+                self.watcher.see(row)
+            for row in self.evaluations.read():
+                self.watcher.see_snapshot(row)
+        self.alarms: list[str] = []
+        self.refreshes = sum(row.get("refreshed", 0) for row in self.metrics.read())
+
+    def after(self, trainer: Trainer, step: int, figures: dict[str, Any], seconds: float) -> bool:
+        """Log a step, offer a snapshot, and return whether the driver wants to stop."""
+        rate = trainer.samples_per_step(step - 1) / seconds
+        row = figures | {"seconds": seconds, "samples_per_second": rate}
+        if self.watcher is not None:
+            self._raise(row, self.watcher.see({"step": step} | row))
+        self.refreshes += figures.get("refreshed", 0)
+        self.metrics.log(step, **row)
+        pool = self.spec.evaluation
+        if pool is not None:
+            self._log_evaluation(pool.poll())
+            if self.spec.evaluate_every and step % self.spec.evaluate_every == 0:
+                pool.offer(step, trainer.weights())
+        progress = {"step": step, "total": trainer.total_steps, "refreshes": self.refreshes}
+        return self.spec.report(progress | row)
+
+    def save(self, trainer: Trainer, step: int) -> None:
+        """Write the checkpoint of `step`; metrics up to it are on storage before it counts."""
+        self.metrics.flush()
+        save_checkpoint(self.store, step, trainer.state() | {WEIGHTS: trainer.weights()}, {})
+        prune_checkpoints(self.store, keep=2)
+
+    def finish(self) -> None:
+        """Take in the evaluation that is still under way."""
+        if self.spec.evaluation is not None:
+            self._log_evaluation(self.spec.evaluation.finish())
+
+    def close(self) -> None:
+        """Put everything logged on storage."""
+        self.metrics.close()
+        self.evaluations.close()
+
+    def _log_evaluation(self, row: dict[str, Any] | None) -> None:
+        if row is None:
+            return
+        preview = row.pop("preview", None)
+        if preview is not None:
+            images = torch.from_numpy(preview).float() / 127.5 - 1.0
+            save_image(self.store, f"grids/step-{row['step']:08d}-1.png", image_grid(images, PREVIEW_COLUMNS))
+        if self.watcher is not None:
+            self._raise(row, self.watcher.see_snapshot(row))
+        self.evaluations.log(**row)
+
+    def _raise(self, row: dict[str, Any], alarms: list[str]) -> None:
+        for alarm in alarms:
+            logger.warning("alarm: %s", alarm)
+        if alarms:
+            row["alarms"] = alarms
+            self.alarms.extend(alarms)
+
+
+def _barrier(place: Place) -> None:
+    if place.ranks > 1:
+        dist.barrier()
+
+
+def _agree(stop: bool, place: Place) -> bool:
+    """Return rank 0's `stop` on every rank."""
+    if place.ranks == 1:
+        return stop
+    flag = torch.tensor([float(stop)], device=place.device)
+    dist.broadcast(flag, src=0)
+    return bool(flag.item())

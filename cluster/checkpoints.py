@@ -1,0 +1,213 @@
+"""Checkpoints of a run: safetensors files and a manifest of their checksums, written last.
+
+`checkpoints/step-00000120/` holds `<name>.safetensors` and `manifest.json`. A file counts only when the
+manifest names it, and the manifest is put in place at once: that one write is the commit, on every kind of
+store. Saving a step again never touches the files which the manifest in force names.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from cluster.storage import RunStore
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+FORMAT = 1
+_STEP = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is not whole; the message says which part is missing or wrong."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every file was there with the right size and checksum when it was opened."""
+
+    store: RunStore
+    step: int
+    meta: dict[str, Any]
+    files: dict[str, str]
+    """From the name given at saving to the file's name in the store."""
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors saved under `name`, on the CPU; ValueError when there is no such name."""
+        if name not in self.files:
+            raise ValueError(f"checkpoint of step {self.step} has no {name!r}; it has {sorted(self.files)}")
+        if self.store.is_local:
+            return safetensors.torch.load_file(self.store.path(self.files[name]))
+        return safetensors.torch.load(self.store.read_bytes(self.files[name]))
+
+
+def save_checkpoint(
+    store: RunStore, step: int, files: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
+) -> str:
+    """Store named groups of tensors and JSON-able `meta` as the checkpoint of `step`; return its directory.
+
+    Tensors may be of any dtype and layout, on any device, and may share memory. Raises ValueError for a
+    negative step, a group's name that is no file name, a value that is no tensor, or meta unfit for JSON.
+    """
+    if step < 0:
+        raise ValueError(f"checkpoint step {step} must not be negative")
+    _check(files, meta)
+    folder = f"{FOLDER}/step-{step:08d}"
+    in_force = _committed_files(store, folder)
+    entries = {name: _save_file(store, folder, name, files[name], in_force) for name in files}
+    _write_manifest(store, folder, {"format": FORMAT, "step": step, "files": entries, "meta": dict(meta)})
+    wanted = {entry["file"] for entry in entries.values()} | {"manifest.json"}
+    for left in store.list(folder, unfinished=True):
+        if left.rpartition("/")[2] not in wanted:
+            store.delete(left)
+    return folder
+
+
+def latest_checkpoint(store: RunStore) -> Checkpoint | None:
+    """Return the newest whole checkpoint, or None; a warning says which newer ones are skipped and why."""
+    for step in reversed(checkpoint_steps(store)):
+        try:
+            return load_checkpoint(store, step)
+        except DamagedCheckpointError as damage:
+            logger.warning("skipping a checkpoint: %s", damage)
+    return None
+
+
+def load_checkpoint(store: RunStore, step: int) -> Checkpoint:
+    """Return the checkpoint of `step` after checking the size and checksum of its every file.
+
+    Raises DamagedCheckpointError, a ValueError, when the checkpoint is missing or not whole.
+    """
+    folder = f"{FOLDER}/step-{step:08d}"
+    manifest = _read_manifest(store, folder)
+    if manifest["step"] != step:
+        raise DamagedCheckpointError(f"{store.location(folder)}: its manifest is of step {manifest['step']}")
+    for entry in manifest["files"].values():
+        _verify(store, f"{folder}/{entry['file']}", entry)
+    paths = {name: f"{folder}/{entry['file']}" for name, entry in manifest["files"].items()}
+    return Checkpoint(store, step, manifest["meta"], paths)
+
+
+def checkpoint_steps(store: RunStore) -> list[int]:
+    """Return the steps, in order, for which there is a checkpoint directory, whole or not."""
+    found = (_STEP.fullmatch(name) for name in store.children(FOLDER))
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def prune_checkpoints(store: RunStore, keep: int = 2) -> None:
+    """Delete all but the newest `keep` committed checkpoints; whatever is newer than those is left alone.
+
+    The manifest goes first, so that a checkpoint whose removal was cut short is not taken for a whole one.
+    """
+    if keep < 1:
+        raise ValueError(f"keep {keep} must be at least 1: the newest checkpoint is what a run resumes from")
+    folders = {step: f"{FOLDER}/step-{step:08d}" for step in checkpoint_steps(store)}
+    committed = [step for step, folder in folders.items() if store.exists(f"{folder}/manifest.json")]
+    for step, folder in folders.items():
+        if len(committed) >= keep and step < committed[-keep]:
+            store.delete(f"{folder}/manifest.json")
+            store.delete(folder)
+
+
+def _check(files: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+    for name, tensors in files.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"checkpoint file name {name!r} may only hold letters, digits, '_', '-' and '.'")
+        for key, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"checkpoint {name}[{key!r}] is a {type(value).__name__}, not a tensor; use meta"
+                )
+    try:
+        json.dumps(meta)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint meta cannot be written as JSON: {error}") from error
+
+
+def _save_file(
+    store: RunStore, folder: str, name: str, tensors: Mapping[str, Tensor], in_force: set[str]
+) -> dict[str, Any]:
+    file = f"{name}.safetensors"
+    if file in in_force:
+        file = f"{name}-{uuid.uuid4().hex[:8]}.safetensors"
+    with store.staged(f"{folder}/{file}") as local:
+        safetensors.torch.save_file(_own_memory(tensors), local)
+        return {"file": file, "bytes": local.stat().st_size, "sha256": _digest(local)}
+
+
+def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous CPU tensors of which no two share memory, as safetensors wants them."""
+    seen: set[int] = set()
+    plain = {}
+    for key, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        plain[key] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return plain
+
+
+def _write_manifest(store: RunStore, folder: str, fields: dict[str, Any]) -> None:
+    fields = json.loads(json.dumps(fields))  # keys become strings before the digest is taken, as on reading
+    store.write_text(
+        f"{folder}/manifest.json", json.dumps({**fields, "sha256": _fields_digest(fields)}, indent=1)
+    )
+
+
+def _read_manifest(store: RunStore, folder: str) -> dict[str, Any]:
+    where = store.location(f"{folder}/manifest.json")
+    try:
+        fields: dict[str, Any] = json.loads(store.read_bytes(f"{folder}/manifest.json"))
+        digest = fields.pop("sha256")
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{where} is missing: the checkpoint was never finished") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedCheckpointError(f"{where} is not a manifest: {error}") from error
+    if digest != _fields_digest(fields):
+        raise DamagedCheckpointError(f"{where} does not match its own checksum")
+    if fields["format"] != FORMAT:
+        raise DamagedCheckpointError(f"{where} has format {fields['format']}, this version reads {FORMAT}")
+    return fields
+
+
+def _committed_files(store: RunStore, folder: str) -> set[str]:
+    try:
+        return {entry["file"] for entry in _read_manifest(store, folder)["files"].values()}
+    except DamagedCheckpointError:
+        return set()
+
+
+def _verify(store: RunStore, name: str, entry: Mapping[str, Any]) -> None:
+    where = store.location(name)
+    try:
+        with store.fs.open(store.path(name), "rb") as file:
+            hashed = hashlib.sha256()
+            size = 0
+            while chunk := file.read(1 << 20):
+                hashed.update(chunk)
+                size += len(chunk)
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{where} is missing") from None
+    if size != entry["bytes"]:
+        raise DamagedCheckpointError(f"{where} has {size} bytes instead of {entry['bytes']}")
+    if hashed.hexdigest() != entry["sha256"]:
+        raise DamagedCheckpointError(f"{where} does not match its checksum")
+
+
+def _fields_digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

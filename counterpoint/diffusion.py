@@ -1,0 +1,124 @@
+"""The forward process and the teacher's loss: noise schedule, prediction types, condition dropout."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from counterpoint.section import Section
+
+BetaSchedule = Literal["squaredcos_cap_v2", "linear", "scaled_linear"]
+PredictionType = Literal["v_prediction", "epsilon", "sample"]
+
+
+class NoiseConfig(Section):
+    """The forward process; the names and values are diffusers' own."""
+
+    num_train_timesteps: int = Field(default=1000, ge=4)
+    """Number of noise levels; timestep 0 is almost clean, the last is almost pure noise."""
+    beta_schedule: BetaSchedule = "squaredcos_cap_v2"
+    """How the noise grows over the timesteps."""
+    prediction_type: PredictionType = "v_prediction"
+    """What the network predicts."""
+
+
+def build_noise_scheduler(config: NoiseConfig) -> DDPMScheduler:
+    """Return the diffusers scheduler that holds the forward process (`alphas_cumprod`, `add_noise`)."""
+    return DDPMScheduler(clip_sample=False, **config.model_dump())
+
+
+def alpha_sigma(alphas_cumprod: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(abar_t) and sqrt(1 - abar_t), each [B,1,1,1] with `like`'s dtype and device.
+
+    The roots are taken in the schedule's own precision on its own device, then moved.
+    """
+    abar = alphas_cumprod[timesteps.to(alphas_cumprod.device)].reshape(-1, 1, 1, 1)
+    return abar.sqrt().to(like), (1.0 - abar).sqrt().to(like)
+
+
+def add_noise(alphas_cumprod: Tensor, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) e for samples [B,C,H,W] and timesteps [B]."""
+    alpha, sigma = alpha_sigma(alphas_cumprod, timesteps, sample)
+    return alpha * sample + sigma * noise
+
+
+def predict_x0(
+    output: Tensor, x_t: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """Convert the network's output at `timesteps` [B] to its estimate of x_0 [B,C,H,W].
+
+    v: x_0 = alpha x_t - sigma v (Salimans & Ho 2022, appendix D); epsilon: x_0 = (x_t - sigma e) / alpha.
+    """
+    if prediction_type == "sample":
+        return output
+    alpha, sigma = alpha_sigma(alphas_cumprod, timesteps, x_t)
+    if prediction_type == "v_prediction":
+        return alpha * x_t - sigma * output
+    return (x_t - sigma * output) / alpha
+
+
+def training_target(scheduler: DDPMScheduler, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return what the network should predict for x_t made of `sample` and `noise` at `timesteps`."""
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "sample":
+        return sample
+    if prediction_type == "epsilon":
+        return noise
+    return scheduler.get_velocity(sample, noise, timesteps)
+
+
+def drop_condition(labels: Tensor, null: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Replace each label [B] by the null class with `probability` (Ho & Salimans 2022)."""
+    drop = torch.rand(labels.shape, generator=generator) < probability
+    return torch.where(drop.to(labels.device), torch.full_like(labels, null), labels)
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """What one step of the diffusion loss needs; cut it to give a rank or a micro-batch its share."""
+
+    images: Tensor
+    """x_0 [B,C,H,W] in [-1,1]."""
+    labels: Tensor
+    """Conditions [B] after dropout."""
+    timesteps: Tensor
+    """Noise levels [B]."""
+    noise: Tensor
+    """Gaussian noise [B,C,H,W]."""
+
+    def part(self, part: slice, device: torch.device | str) -> "NoisyBatch":
+        """Return the samples of `part`, moved to `device`."""
+        parts = (x[part].to(device) for x in (self.images, self.labels, self.timesteps, self.noise))
+        return NoisyBatch(*parts)
+
+
+def draw_noisy_batch(
+    images: Tensor,
+    labels: Tensor,
+    batch: int,
+    timesteps: int,
+    null: int,
+    condition_dropout: float,
+    generator: torch.Generator,
+) -> NoisyBatch:
+    """Draw a batch with replacement from images [N,C,H,W] and labels [N], with noise at uniform timesteps."""
+    index = torch.randint(0, len(labels), (batch,), generator=generator)
+    t = torch.randint(0, timesteps, (batch,), generator=generator)
+    noise = torch.randn((batch, *images.shape[1:]), generator=generator)
+    condition = drop_condition(labels[index], null, condition_dropout, generator)
+    return NoisyBatch(images[index], condition, t, noise)
+
+
+def diffusion_loss(unet: Any, scheduler: DDPMScheduler, batch: NoisyBatch) -> Tensor:
+    """Return the mean squared error of the network's prediction on `batch`, a scalar.
+
+    `unet` may be wrapped (DistributedDataParallel): only its call is used.
+    """
+    noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
+    output = unet(noisy, batch.timesteps, class_labels=batch.labels).sample
+    target = training_target(scheduler, batch.images, batch.noise, batch.timesteps)
+    return F.mse_loss(output, target)

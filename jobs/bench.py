@@ -1,0 +1,20 @@
+"""Ratios against named rivals, on the same work in one run: `python -m jobs.bench heads` and `... panel`."""
+
+import sys
+from typing import Any
+
+from jobs import bench_heads, bench_panel
+from jobs.config import run_job
+
+BENCHES: dict[str, Any] = {
+    "heads": (bench_heads.main, bench_heads.HeadsBenchConfig),
+    "panel": (bench_panel.main, bench_panel.PanelBenchConfig),
+}
+
+if __name__ == "__main__":
+    what = sys.argv[1] if len(sys.argv) > 1 else ""
+    if what not in BENCHES:
+        sys.stderr.write(f"error: {what or 'nothing'} is not a benchmark: give one of {', '.join(BENCHES)}\n")
+        sys.exit(2)
+    main, model = BENCHES[what]
+    run_job(main, model, sys.argv[2:])

@@ -1,0 +1,68 @@
+"""Score a finished run on held-out images: `python -m jobs.evaluate run=runs/demo/student steps=[1,2,4]`."""
+
+import contextlib
+import sys
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from actors.evaluation import EvaluationRecipe
+from actors.feature_space import stored_feature_network
+from actors.training import TrainerConfig
+from cluster.connect import connected
+from cluster.storage import RunStore
+from counterpoint.data import load_data
+from counterpoint.section import Section
+from jobs.config import run_job
+from jobs.runs import load_pipeline, read_config
+from jobs.scoring import floor_row, references, rows, score_on_stage
+from jobs.settings import EvaluatorsConfig, RunUri, TrainConfig
+from jobs.table import text_table
+
+
+class EvaluateConfig(Section):
+    """Score the saved pipeline of a run, each evaluation worker a shard."""
+
+    run: RunUri = "runs/demo/student"
+    """URI of a finished run of jobs.train or jobs.distill."""
+    teacher: RunUri | None = None
+    """URI of the teacher's run, which holds the feature space; the one that the run names unless given."""
+    steps: tuple[int, ...] = Field(default=(1,), min_length=1)
+    """Numbers of steps to score."""
+    evaluation: EvaluatorsConfig = EvaluatorsConfig()
+    """What is generated, by how many workers; workers=0 scores in this process, without Ray."""
+
+
+def main(config: EvaluateConfig) -> dict[str, Any]:
+    """Return figures as `fd_1`, `kid_1` ... for each number of steps, beside the floor's."""
+    uri = config.teacher or teacher_of(config.run)
+    teacher: TrainConfig = read_config(RunStore(uri), TrainConfig)
+    data = load_data(teacher.data)
+    network = stored_feature_network(RunStore(uri), teacher.features, teacher.seed)
+    pipeline = load_pipeline(RunStore(config.run))
+    real = references(data, network)
+    recipe = EvaluationRecipe(
+        config.run, teacher.features, pipeline.scheduler, config.steps, config.evaluation, uri
+    )
+    with connected() if config.evaluation.workers else contextlib.nullcontext():
+        tables = score_on_stage(recipe, None, real, config.evaluation, TrainerConfig())
+    table = [floor_row(data, network, config.evaluation, real), *rows("run", tables, config.steps)]
+    sys.stderr.write(text_table(table) + "\n")
+    figures = {
+        f"{key}_{n}": value for n in config.steps for key, value in tables["test"][f"steps_{n}"].items()
+    }
+    return {"run": config.run, "floor_fd": table[0]["fd"]} | figures
+
+
+def teacher_of(uri: str) -> str:
+    """Return the URI of the teacher that a run names, or its own if it is a teacher's run."""
+    store = RunStore(uri)
+    if not store.exists("config.yaml"):
+        raise ValueError(f"run={uri} is not a run: it has no config.yaml")
+    named = yaml.safe_load(store.read_text("config.yaml")).get("teacher")
+    return named if isinstance(named, str) else uri
+
+
+if __name__ == "__main__":
+    run_job(main, EvaluateConfig)

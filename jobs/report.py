@@ -1,0 +1,200 @@
+"""The report of a run: one page, complete in itself, that shows what was made, how well, and from what.
+
+    python -m jobs.report runs/demo/student
+
+It reads what the run has left in its store and writes `report.html` there; what is not there is left out.
+"""
+
+import base64
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from pydantic import Field
+
+from cluster.storage import RunStore
+from counterpoint.section import Section
+from jobs.config import run_job
+from jobs.report_charts import training_charts
+from jobs.report_panel_charts import panel_charts
+from jobs.report_record import RunRecord, read_record
+from jobs.report_words import (
+    STAGE_WORDS,
+    aims,
+    alarms,
+    count,
+    duration,
+    in_steps,
+    number,
+    pool_words,
+    share,
+    summary,
+)
+
+REPORT = "report.html"
+TEMPLATE = "report.html.jinja"
+MAX_FRAMES, MAX_ALARMS = 14, 50
+
+
+class ReportConfig(Section):
+    """Which run is reported on."""
+
+    run: str = Field(min_length=1)
+    """URI of the run's store."""
+
+
+def write_report(store: RunStore) -> str:
+    """Write `report.html` into the run's store and return where a person finds it.
+
+    Parts of the run that are not there yet are left out. Raises ValueError when the store holds no run.
+    """
+    store.write_text(REPORT, render(read_record(store)))
+    return store.location(REPORT)
+
+
+def render(record: RunRecord) -> str:
+    """Return the page for `record`: no scripts, no addresses, every picture inside."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "share": share, "count": count, "duration": duration}
+    template = environment.from_string(resources.files("jobs").joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    return template.render(**_content(record))
+
+
+def _content(record: RunRecord) -> dict[str, Any]:
+    raised = alarms(record)
+    return {
+        "record": record,
+        "title": _title(record),
+        "summary": summary(record),
+        "aims": aims(record),
+        "tiles": _tiles(record),
+        "samples": _samples(record),
+        "table": _table(record),
+        "training": training_charts(record),
+        "panel": panel_charts(record),
+        "pool": pool_words(record),
+        "warning": _sentence(record.pool.get("warning")),
+        "frames": _frames(record),
+        "alarms": raised[:MAX_ALARMS],
+        "more_alarms": max(0, len(raised) - MAX_ALARMS),
+        "seconds": _seconds(record),
+        "facts": _facts(record),
+        "versions": {k: v for k, v in (record.environment.get("versions") or {}).items() if v},
+    }
+
+
+def _title(record: RunRecord) -> str:
+    what = "A one-step student" if record.is_student else "A diffusion teacher"
+    return f"{what} of {record.source}" if record.source else what
+
+
+def _sentence(text: Any) -> str:
+    return f"{str(text)[0].upper()}{str(text)[1:]}." if text else ""
+
+
+def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Return (name, figure, remark) of the figures that are shown large."""
+    who, steps = ("student", 1) if record.is_student else max(record.scores, default=("teacher", 0))
+    row = record.scores.get((who, steps), {})
+    figures = {"Frechet distance": number(row.get("fd"))}
+    figures |= {name: share(row.get(name)) for name in ("recall", "precision", "accuracy")}
+    tiles = [(name, text, f"{who}, {in_steps(steps)}") for name, text in figures.items() if row]
+    seconds = _seconds(record)
+    return tiles + ([("time", duration(sum(seconds.values())), ", ".join(seconds))] if seconds else [])
+
+
+def _samples(record: RunRecord) -> list[dict[str, str]]:
+    """Return the final grids: the student's by number of steps, the teacher's, real images, whatever else."""
+    found = {}
+    for name, png in record.grids.items():
+        stem = name.removeprefix("grids/").removesuffix(".png")
+        made = re.fullmatch(r"(student|teacher)-(\d+)-steps?", stem)
+        if made:
+            who, steps = made.group(1), int(made.group(2))
+            found[who == "teacher", steps, ""] = (f"{who.capitalize()}, {in_steps(steps)}", png)
+        elif not re.fullmatch(r"step-\d+-\d+", stem):
+            title = "Real images" if stem == "real" else stem.replace("-", " ").capitalize()
+            found[2 + (stem != "real"), 0, stem] = (title, png)
+    return [{"title": title, "image": _data_uri(png)} for _, (title, png) in sorted(found.items())]
+
+
+def _frames(record: RunRecord) -> list[dict[str, str]]:
+    """Return the one-step grids over training; of many, an even choice with the first and the last."""
+    shots = record.snapshots(1)
+    if len(shots) > MAX_FRAMES:
+        shots = [shots[round(i * (len(shots) - 1) / (MAX_FRAMES - 1))] for i in range(MAX_FRAMES)]
+    return [
+        {"step": f"{step:,}", "stage": _stage_at(record, step), "image": _data_uri(record.grids[name])}
+        for step, name in shots
+    ]
+
+
+def _stage_at(record: RunRecord, step: int) -> str:
+    name = next((stage.name for stage in record.stages if step <= stage.last), "")
+    return STAGE_WORDS.get(name, name)
+
+
+def _table(record: RunRecord) -> list[dict[str, Any]]:
+    """Return the rows of results with the width of each one's bar, in percent of the largest distance."""
+    largest = max((row["fd"] for row in record.rows if row.get("fd") is not None), default=0.0) or 1.0
+    return [{**row, "bar": 100.0 * max(0.0, row.get("fd") or 0.0) / largest} for row in record.rows]
+
+
+def _seconds(record: RunRecord) -> dict[str, float]:
+    seconds = record.results.get("seconds")
+    if not isinstance(seconds, dict):
+        return {}
+    return {str(stage): float(value) for stage, value in seconds.items() if isinstance(value, int | float)}
+
+
+def _facts(record: RunRecord) -> dict[str, str]:
+    """Return what the run ran from and on, by name."""
+    given = record.environment
+    dirty = " with uncommitted changes" if given.get("uncommitted_changes") else ""
+    facts = {
+        "Run": record.uri,
+        "Command": _command(given.get("command")),
+        "Commit": f"{given['commit']}{dirty}" if given.get("commit") else None,
+        "Python": given.get("python"),
+        "Platform": given.get("platform"),
+        "CPUs": given.get("cpus"),
+        "Devices": ", ".join(map(str, given.get("devices") or [])),
+    }
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def _command(argv: Any) -> str | None:
+    """Return a command as it was typed, as far as Python tells: a module by its path."""
+    if not isinstance(argv, list) or not argv:
+        return None
+    program, *rest = map(str, argv)
+    job = re.fullmatch(r"(?:.*/)?jobs/(\w+)\.py", program)
+    return shlex.join([*(["python", "-m", f"jobs.{job.group(1)}"] if job else [program]), *rest])
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def main(config: ReportConfig) -> dict[str, str]:
+    """Write the report of `config.run` and return where it is."""
+    return {"report": write_report(RunStore(config.run))}
+
+
+def with_run(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with a bare first argument, unless it is a YAML file, given to the field `run`."""
+    first, *rest = argv or [""]
+    bare = first and not first.startswith("-") and not re.match(r"[A-Za-z_][\w.-]*=", first)
+    if bare and not first.endswith((".yaml", ".yml")):
+        return [f"run={first}", *rest]
+    return list(argv)
+
+
+if __name__ == "__main__":
+    run_job(main, ReportConfig, with_run(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""Opening a run's storage, going on with it, and finishing it."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers import UNet2DModel
+from diffusers.utils.logging import disable_progress_bar
+
+from actors.recipe import PIPELINE
+from cluster.checkpoints import latest_checkpoint
+from cluster.environment import describe_environment
+from cluster.storage import RunStore
+from counterpoint.pipeline import ClassConditionalPipeline
+from counterpoint.section import Section
+from jobs.config import dump_config
+
+CONFIG = "config.yaml"
+RESULTS = "results.json"
+FREE_ON_RESUME = {
+    "run", "teacher", "start", "resume", "trainer", "evaluation", "alarms",
+    "critics.actors", "critics.cpus_per_actor", "critics.gpus_per_actor", "critics.threads",
+    "critics.snapshot_every", "critics.patience",
+}  # fmt: skip
+"""Keys that say where a run happens and not what it computes: a resumed run may change them."""
+
+
+def open_run(uri: str, config: Section, resume: bool, in_process: bool) -> RunStore:
+    """Open the storage of a run, write its configuration and environment, and return it.
+
+    Raises ValueError if the storage is used and `resume` is off, if a resumed run would compute something
+    else than it did, or if other processes could not see the storage.
+    """
+    if uri.startswith("memory:") and not in_process:
+        raise ValueError(
+            f"run={uri} lives in one process's memory, which workers do not share: use a path or an object "
+            "store, or trainer.workers=0 with critics.actors=0 and evaluation.workers=0"
+        )
+    store = RunStore(uri)
+    if store.exists(CONFIG):
+        if not resume:
+            raise ValueError(
+                f"run={uri} is a run already: add resume=true to go on with it, or choose another run"
+            )
+        _check_same(yaml.safe_load(store.read_text(CONFIG)), config, uri)
+    store.write_text(CONFIG, dump_config(config))
+    store.write_text("environment.json", json.dumps(describe_environment(), indent=1))
+    return store
+
+
+def _check_same(stored: dict[str, Any], config: Section, uri: str) -> None:
+    before, now = _flat(stored), _flat(config.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE_ON_RESUME)
+        if not free and before.get(key) != now.get(key):
+            raise ValueError(
+                f"{key}={now.get(key)} but the run at {uri} was made with {before.get(key)}: resume it with "
+                "the configuration stored there, or choose another run"
+            )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items())
+        return {key: value for part in parts for key, value in part.items()}
+    return {prefix: list(tree) if isinstance(tree, tuple) else tree}
+
+
+def read_config(store: RunStore, model: type[Section]) -> Any:
+    """Return the resolved configuration stored with a run; raises ValueError if there is none."""
+    if not store.exists(CONFIG):
+        raise ValueError(f"{store.uri} is not a run: it has no {CONFIG}")
+    return model.model_validate(yaml.safe_load(store.read_text(CONFIG)))
+
+
+def read_results(store: RunStore) -> dict[str, Any]:
+    """Return the results of a finished run; raises ValueError if it did not finish."""
+    if not store.exists(RESULTS):
+        raise ValueError(f"{store.uri} has not finished: it has no {RESULTS}; resume it first")
+    results: dict[str, Any] = json.loads(store.read_text(RESULTS))
+    return results
+
+
+def write_results(store: RunStore, results: dict[str, Any]) -> None:
+    """Store the results of a run, as the last thing that makes it a finished one."""
+    store.write_text(RESULTS, json.dumps(results, indent=1))
+
+
+def final_weights(store: RunStore) -> dict[str, Any]:
+    """Return the averaged weights of the newest checkpoint."""
+    checkpoint = latest_checkpoint(store)
+    if checkpoint is None:
+        raise ValueError(f"{store.uri} has no whole checkpoint: resume or repeat the run")
+    return checkpoint.tensors("weights")
+
+
+def save_pipeline(store: RunStore, unet: UNet2DModel, scheduler: Any) -> ClassConditionalPipeline:
+    """Save a pipeline that diffusers' `from_pretrained` loads, under `pipeline/` of the run."""
+    pipeline = ClassConditionalPipeline(unet, scheduler)
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.save_pretrained(folder)
+        store.write_folder(PIPELINE, Path(folder))
+    return pipeline
+
+
+def load_pipeline(store: RunStore) -> ClassConditionalPipeline:
+    """Load the pipeline of a finished run from any storage."""
+    if not store.exists(f"{PIPELINE}/model_index.json"):
+        raise ValueError(f"{store.uri} has no saved pipeline: give the URI of a finished run")
+    disable_progress_bar()
+    with store.local_folder(PIPELINE) as folder:
+        return ClassConditionalPipeline.from_pretrained(folder, low_cpu_mem_usage=False)

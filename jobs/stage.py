@@ -1,0 +1,160 @@
+"""The cast of a distillation on a cluster: critic hosts and evaluation workers, placed and checked."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from actors.critics import HostSettings, critic_actor
+from actors.evaluation import EvaluationRecipe, Evaluator
+from actors.panel import HostHandle
+from actors.recipe import PanelRecipe, build_local_panel
+from actors.training import TrainerConfig
+from cluster.connect import thread_env
+from cluster.placement import Pool, plan
+from cluster.reserve import Reservation, reserve
+from cluster.waiting import get, ready
+from jobs.settings import EvaluatorsConfig, HostedCriticsConfig
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT = 120.0
+PLACEMENT_TIMEOUT = 25.0
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The actors of a run."""
+
+    hosts: tuple[HostHandle, ...]
+    evaluators: tuple[Any, ...]
+
+
+def shares(groups: int, actors: int) -> list[tuple[int, ...]]:
+    """Return which critic groups each actor hosts, as evenly as possible and in order."""
+    return [tuple(range(groups * i // actors, groups * (i + 1) // actors)) for i in range(actors)]
+
+
+@contextlib.contextmanager
+def cast(
+    panel: PanelRecipe | None, critics: HostedCriticsConfig, evaluation: EvaluationRecipe | None,
+    evaluators: EvaluatorsConfig, trainer: TrainerConfig, uri: str,
+) -> Iterator[Cast]:  # fmt: skip
+    """Reserve, start and check the actors of a run beside Ray Train's workers; leaving ends them.
+
+    Raises PlacementError (or PlacementTimeout) within 30 seconds, naming what was asked, what the cluster has
+    and which setting to lower.
+    """
+    actors = critics.actors if panel is not None else 0
+    pools = [
+        Pool("critics", actors, critics.cpus_per_actor, critics.gpus_per_actor, setting="critics.actors"),
+        _evaluator_pool(evaluators, evaluators.workers if evaluation is not None else 0),
+        _trainer_pool(trainer),
+    ]
+    with reserve(plan(pools), timeout=PLACEMENT_TIMEOUT) as places:
+        hosts = _hosts(places, panel, critics, actors, max(1, trainer.workers), uri)
+        workers = _evaluators(places, evaluation, pools[1].count)
+        named = {host.name: host.actor for host in hosts} | {
+            f"evaluator-{i}": a for i, a in enumerate(workers)
+        }
+        ready(named, timeout=START_TIMEOUT, what="start of the cast")
+        yield Cast(hosts, workers)
+
+
+@contextlib.contextmanager
+def evaluators_on_stage(
+    evaluation: EvaluationRecipe, evaluators: EvaluatorsConfig, trainer: TrainerConfig
+) -> Iterator[tuple[Any, ...]]:
+    """Start evaluation workers alone; none where the run does without Ray."""
+    if trainer.workers == 0 or evaluators.workers == 0:
+        yield ()
+        return
+    with reserve(
+        plan([_evaluator_pool(evaluators, evaluators.workers)]), timeout=PLACEMENT_TIMEOUT
+    ) as places:
+        yield _evaluators(places, evaluation, evaluators.workers)
+
+
+def check_room(trainer: TrainerConfig) -> None:
+    """Raise PlacementError if Ray Train's workers could never be placed; Ray Train itself would wait."""
+    with reserve(plan([_trainer_pool(trainer)]), timeout=PLACEMENT_TIMEOUT):
+        pass
+
+
+def _trainer_pool(trainer: TrainerConfig) -> Pool:
+    return Pool(
+        "trainer",
+        trainer.workers,
+        trainer.cpus_per_worker,
+        trainer.gpus_per_worker,
+        setting="trainer.workers",
+        reserved_by="train",
+    )
+
+
+def _evaluator_pool(evaluators: EvaluatorsConfig, count: int) -> Pool:
+    return Pool(
+        "evaluators",
+        count,
+        evaluators.cpus_per_worker,
+        evaluators.gpus_per_worker,
+        setting="evaluation.workers",
+    )
+
+
+def _evaluators(places: Reservation, evaluation: EvaluationRecipe | None, count: int) -> tuple[Any, ...]:
+    options = {"max_restarts": -1, "max_task_retries": 2, "runtime_env": {"env_vars": thread_env(1)}}
+    return tuple(
+        ray.remote(Evaluator).options(**options, **places.options("evaluators", i)).remote(evaluation)
+        for i in range(count)
+    )
+
+
+def _hosts(
+    places: Reservation,
+    panel: PanelRecipe | None,
+    critics: HostedCriticsConfig,
+    actors: int,
+    ranks: int,
+    uri: str,
+) -> tuple[HostHandle, ...]:
+    if panel is None or actors == 0:
+        return ()
+    hosts = []
+    for index, groups in enumerate(shares(len(critics.noise_levels), actors)):
+        name = f"critics-{index}"
+        settings = HostSettings(
+            name, groups, f"{uri.rstrip('/')}/snapshots", critics.snapshot_every, critics.patience
+        )
+        actor = (
+            critic_actor(len(groups), ranks)
+            .options(
+                runtime_env={"env_vars": thread_env(critics.threads)}, **places.options("critics", index)
+            )
+            .remote(panel, settings)
+        )
+        hosts.append(HostHandle(name, groups, actor))
+    return tuple(hosts)
+
+
+def check_digests(hosts: tuple[HostHandle, ...], panel: PanelRecipe) -> dict[str, str]:
+    """Return the digests of the heads in new hosts, after comparing them with what the seeds say.
+
+    Raises RuntimeError if an actor holds other heads than any process would build: versions differ.
+    """
+    answers = get(
+        {h.name: h.actor.digests.remote() for h in hosts}, timeout=START_TIMEOUT, what="digests of heads"
+    )
+    found = {name: digest for answer in answers.values() for name, digest in answer.items()}
+    expected = build_local_panel(panel, torch.device("cpu")).digests()
+    wrong = sorted(name for name in found if found[name] != expected[name])
+    if wrong:
+        raise RuntimeError(
+            f"{', '.join(wrong)} started with other heads than seed {panel.seed} gives: compare the versions "
+            "of torch on the nodes"
+        )
+    return found

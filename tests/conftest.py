@@ -1,0 +1,150 @@
+"""Fixtures that own Ray: one warm single-node cluster for the session, and a fake one of several nodes."""
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RAY_FILES = tempfile.mkdtemp(prefix="ray-")  # pytest's own directories are too long for Ray's unix sockets
+IMPORTABLE = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
+
+# Ray reads its environment when it is first imported, and only fixtures import it.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.update(
+    RAY_TMPDIR=RAY_FILES,
+    PYTHONPATH=os.pathsep.join(filter(None, IMPORTABLE)),
+    RAY_AUTH_MODE="disabled",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+    RAY_USAGE_STATS_ENABLED="0",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+)
+
+NAMESPACE = "test"
+FAKE_NODES = ({"num_cpus": 2, "num_gpus": 2}, {"num_cpus": 2, "num_gpus": 1})
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A running Ray cluster; tests start no other in this process."""
+
+    address: str
+    """`host:port`, for the RAY_ADDRESS of a subprocess."""
+    namespace: str
+    cluster: Any
+    """The `ray.cluster_utils.Cluster`, with `add_node` and `remove_node`."""
+    nodes: tuple[Any, ...] = ()
+    """The nodes beside the head, in the order that they were added."""
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(RAY_FILES, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests without a GPU; run modules of the fake cluster last, as it takes the connection over."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not _has_cuda():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    late = {item.path for item in items if "fake_cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path in late)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> None:
+    """One torch thread, as each Ray worker has, so that sums do not depend on the machine."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """The session's Ray: one node of 4 logical CPUs, namespace "test", no dashboard."""
+    with _running(num_cpus=4) as cluster:
+        _attach(cluster.address)
+        yield RayCluster(cluster.address, NAMESPACE, cluster)
+        _detach()
+
+
+@pytest.fixture(scope="module")
+def fake_cluster(ray_cluster: RayCluster) -> Iterator[RayCluster]:
+    """A head of 2 CPUs and two nodes with fake GPUs (2 and 1), labelled `rack: 0` and `rack: 1`.
+
+    The process's connection moves here for a module and then back: actors that earlier modules left are gone.
+    """
+    _detach()
+    with _running(num_cpus=2) as cluster:
+        nodes = tuple(
+            cluster.add_node(**shape, labels={"rack": str(rack)}) for rack, shape in enumerate(FAKE_NODES)
+        )
+        cluster.wait_for_nodes()
+        _attach(cluster.address)
+        yield RayCluster(cluster.address, NAMESPACE, cluster, nodes)
+        _detach()
+    _attach(ray_cluster.address)
+
+
+@contextmanager
+def _running(num_cpus: int) -> Iterator[Any]:
+    """A `ray.cluster_utils.Cluster`: unlike `ray.init`'s own, it outlives this process's connection to it."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, "include_dashboard": False})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def _attach(address: str) -> None:
+    import ray
+
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="WARNING")
+
+
+def _detach() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def _has_cuda() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The storage URI of a finished teacher's run, trained for a few steps."""
+    from tiny_jobs import train_config
+
+    from jobs import train
+
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    train.main(train_config(run))
+    return str(run)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The storage URI of a finished student's run, through all three stages in a few steps."""
+    from tiny_jobs import distill_config
+
+    from jobs import distill
+
+    run = tmp_path_factory.mktemp("student") / "run"
+    distill.main(distill_config(run, tiny_teacher))
+    return str(run)

@@ -1,0 +1,98 @@
+"""Evaluation workers lag behind training and never stall it; what they find is what one process finds."""
+
+import os
+import signal
+import time
+
+import pytest
+import ray
+import torch
+from tiny_jobs import train_config
+
+from actors.evaluation import EvaluationPool, EvaluationRecipe, Evaluator
+from actors.feature_space import stored_feature_network
+from cluster.checkpoints import latest_checkpoint
+from cluster.storage import RunStore
+from cluster.waiting import get, ready
+from counterpoint.data import load_data
+from counterpoint.diffusion import build_noise_scheduler
+from counterpoint.evaluation import EvaluationConfig
+from counterpoint.sampling import build_sampler
+from jobs.scoring import references, score
+
+
+class SlowEvaluator(Evaluator):
+    """Takes its time, and can be found by its process."""
+
+    def score(self, weights, shard, shards):
+        time.sleep(4.0)
+        return super().score(weights, shard, shards)
+
+    def pid(self):
+        return os.getpid()
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_teacher):
+    """What is scored, the real images to compare with, and other weights than the run's own."""
+    config = train_config(tiny_teacher)
+    sampler = build_sampler(config.sampler, build_noise_scheduler(config.noise))
+    scored = EvaluationConfig(samples=70)
+    recipe = EvaluationRecipe(tiny_teacher, config.features, sampler, (1, 2), scored)
+    network = stored_feature_network(RunStore(tiny_teacher), config.features)
+    weights = latest_checkpoint(RunStore(tiny_teacher)).tensors("weights")
+    other = {name: tensor * 1.05 for name, tensor in weights.items()}
+    return recipe, references(load_data(config.data), network), other
+
+
+@pytest.fixture(scope="module")
+def workers(ray_cluster, measured):
+    actors = [ray.remote(SlowEvaluator).options(num_cpus=0.1).remote(measured[0]) for _ in range(2)]
+    ready({f"evaluator-{i}": a for i, a in enumerate(actors)}, timeout=120.0, what="evaluators")
+    yield actors
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_two_lagging_workers_find_what_one_process_finds(measured, workers):
+    recipe, real, weights = measured
+    pool = EvaluationPool(workers, real["test"])
+    begun = time.monotonic()
+    pool.offer(5, weights)
+    assert pool.poll() is None
+    pool.offer(10, weights)
+    assert pool.poll() is None
+    assert time.monotonic() - begun < 3.5
+    assert pool.skipped == 1
+    row = pool.finish()
+    assert row["step"] == 5
+    assert row["preview"].shape == (50, 1, 8, 8)
+    assert row["preview"].dtype.name == "uint8"
+    expected = score(recipe, weights, real)["test"]
+    for steps in ("steps_1", "steps_2"):
+        assert row[steps].keys() == expected[steps].keys()
+        for name, value in expected[steps].items():
+            same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)
+            assert row[steps][name] == same, (steps, name)
+    own = score(recipe, None, real)["test"]
+    assert own["steps_1"]["fd"] != pytest.approx(expected["steps_1"]["fd"], rel=1e-3)
+    assert pool.poll() is None
+    assert pool.finish() is None
+
+
+def test_a_killed_worker_costs_only_a_row(measured, workers):
+    """Runs last: the workers are not restarted."""
+    _, real, weights = measured
+    pool = EvaluationPool(workers, real["test"])
+    pid = get(workers[0].pid.remote(), timeout=60.0, what="pid")
+    pool.offer(15, weights)
+    os.kill(pid, signal.SIGKILL)
+    assert pool.finish() is None
+    pool.offer(20, weights)
+    assert pool.finish() is None
+
+
+def test_without_workers_nothing_is_scored(measured):
+    pool = EvaluationPool([], measured[1]["test"])
+    pool.offer(1, {"weight": torch.zeros(1)})
+    assert (pool.poll(), pool.finish(), pool.skipped) == (None, None, 0)
