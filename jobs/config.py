@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ from jobs.config_yaml import write_yaml
 logger = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Section)
+T = TypeVar("T")
 USER_ERROR, INTERRUPTED = 2, 130
 
 
@@ -56,6 +58,24 @@ def parse_config(model: type[S], argv: Sequence[str]) -> S:
         return model.model_validate(data)
     except ValidationError as error:
         raise ConfigError(describe(error, data, fields)) from None
+
+
+def choice(argv: Sequence[str], key: str, options: Mapping[str, T]) -> T:
+    """Return the option that the top-level `key` names in the file or the overrides of `argv`.
+
+    The first option is the default. An unknown name ends the process as a mistake in a configuration does.
+    """
+    path = next((a for a in argv if not a.startswith("--") and a.endswith((".yaml", ".yml"))), None)
+    try:
+        named = (read_file(Path(path)) if path else {}).get(key, next(iter(options)))
+    except ConfigError as error:
+        _refuse(error)
+    for argument in argv:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        named = value if equals and name == key else named
+    if named not in options:
+        _refuse(ConfigError(f"{key} = {named}; give one of {', '.join(options)}"))
+    return options[named]
 
 
 def dump_config(config: Section) -> str:

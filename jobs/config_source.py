@@ -39,7 +39,7 @@ def split_arguments(
 def read_file(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the mapping in the YAML file, laid over that of the file it `extends`, or raise ConfigError.
 
-    A section may extend a file too: that file then describes the section.
+    A section may extend a file too, also one in a list: that file then describes the section.
     """
     try:
         data = read_yaml(path.read_text(encoding="utf-8"))
@@ -57,10 +57,7 @@ def read_file(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _extended(data: dict[str, Any], path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     """Return a mapping of the file `path` laid over what it, or a section inside it, `extends`."""
     base = data.pop("extends", None)
-    data = {
-        key: _extended(value, path, extended_by) if isinstance(value, dict) else value
-        for key, value in data.items()
-    }
+    data = {key: _with_extended_sections(value, path, extended_by) for key, value in data.items()}
     if base is None:
         return data
     if not isinstance(base, str):
@@ -69,6 +66,12 @@ def _extended(data: dict[str, Any], path: Path, extended_by: tuple[Path, ...]) -
     if other.resolve() in extended_by:
         raise ConfigError(f"configuration file {other} extends itself through {path.name}")
     return _laid_over(read_file(other, extended_by), data)
+
+
+def _with_extended_sections(value: Any, path: Path, extended_by: tuple[Path, ...]) -> Any:
+    if isinstance(value, list):
+        return [_with_extended_sections(item, path, extended_by) for item in value]
+    return _extended(value, path, extended_by) if isinstance(value, dict) else value
 
 
 def override(data: dict[str, Any], key: str, text: str, fields: Mapping[str, Field]) -> None:

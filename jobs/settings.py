@@ -1,7 +1,7 @@
 """The configuration model of every training job; a field's default lives here or in the section it names."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -76,6 +76,8 @@ class HostedCriticsConfig(CriticsConfig):
 class TrainConfig(Section):
     """Train a class-conditional diffusion teacher."""
 
+    learner: Literal["diffusion"] = "diffusion"
+    """What is trained: diffusion (this), or policy, which has a configuration of its own."""
     run: RunUri = "runs/digits/teacher"
     """URI of the run's storage: a local path, s3://, gs:// or whatever fsspec knows."""
     resume: bool = False

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from counterpoint.section import Section
-from jobs.config import dump_config, load_config, parse_config, result_line, run_job
+from jobs.config import choice, dump_config, load_config, parse_config, result_line, run_job
 from jobs.config_errors import ConfigError
 
 
@@ -308,6 +308,35 @@ def test_extends_lays_one_file_over_another(tmp_path: Path) -> None:
     config = parse_config(Job, [str(tmp_path / "top.yaml"), "steps=6"])
     assert (config.steps, config.lr, config.classes) == (6, 0.1, [3])
     assert config.critics == Critics(loss="softplus", refresh_rate=0.25, weights={"a": 1.0})
+
+
+def test_a_section_in_a_list_may_extend_a_file(tmp_path: Path) -> None:
+    (tmp_path / "band.yaml").write_text("level: 750\nweight: 2.0\n")
+    (tmp_path / "top.yaml").write_text("critics: {bands: [{level: 5}, {extends: band.yaml, weight: 3.0}]}\n")
+    config = parse_config(Job, [str(tmp_path / "top.yaml")])
+    assert config.critics.bands == [Band(level=5), Band(level=750, weight=3.0)]
+
+
+OPTIONS = {"diffusion": 1, "policy": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "expected"),
+    [("", [], 1), ("learner: policy\n", ["seed=1"], 2), ("learner: policy\n", ["learner=diffusion"], 1)],
+)
+def test_a_key_chooses_the_configuration(
+    tmp_path: Path, content: str, arguments: list[str], expected: int
+) -> None:
+    (tmp_path / "job.yaml").write_text(content)
+    assert choice([str(tmp_path / "job.yaml"), *arguments], "learner", OPTIONS) == expected
+    assert choice(arguments, "learner", OPTIONS) == 1
+
+
+def test_an_unknown_choice_names_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        choice(["learner=dance"], "learner", OPTIONS)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: learner = dance; give one of diffusion, policy\n"
 
 
 @pytest.mark.parametrize(
