@@ -5,28 +5,24 @@
 It reads what the run has left in its store and writes `report.html` there; what is not there is left out.
 """
 
-import base64
 import re
-import shlex
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from pydantic import Field
 
 from cluster.storage import RunStore
 from counterpoint.section import Section
 from jobs.config import run_job
 from jobs.report_charts import training_charts
+from jobs.report_page import data_uri, facts, render_page, versions
 from jobs.report_panel_charts import panel_charts
 from jobs.report_record import RunRecord, read_record
 from jobs.report_words import (
     STAGE_WORDS,
     aims,
     alarms,
-    count,
     duration,
     in_steps,
     number,
@@ -58,12 +54,7 @@ def write_report(store: RunStore) -> str:
 
 def render(record: RunRecord) -> str:
     """Return the page for `record`: no scripts, no addresses, every picture inside."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "share": share, "count": count, "duration": duration}
-    template = environment.from_string(resources.files("jobs").joinpath(TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(**_content(record))
+    return render_page(TEMPLATE, _content(record))
 
 
 def _content(record: RunRecord) -> dict[str, Any]:
@@ -84,8 +75,8 @@ def _content(record: RunRecord) -> dict[str, Any]:
         "alarms": raised[:MAX_ALARMS],
         "more_alarms": max(0, len(raised) - MAX_ALARMS),
         "seconds": _seconds(record),
-        "facts": _facts(record),
-        "versions": {k: v for k, v in (record.environment.get("versions") or {}).items() if v},
+        "facts": facts(record.uri, record.environment),
+        "versions": versions(record.environment),
     }
 
 
@@ -121,7 +112,7 @@ def _samples(record: RunRecord) -> list[dict[str, str]]:
         elif not re.fullmatch(r"step-\d+-\d+", stem):
             title = "Real images" if stem == "real" else stem.replace("-", " ").capitalize()
             found[2 + (stem != "real"), 0, stem] = (title, png)
-    return [{"title": title, "image": _data_uri(png)} for _, (title, png) in sorted(found.items())]
+    return [{"title": title, "image": data_uri(png)} for _, (title, png) in sorted(found.items())]
 
 
 def _frames(record: RunRecord) -> list[dict[str, str]]:
@@ -130,7 +121,7 @@ def _frames(record: RunRecord) -> list[dict[str, str]]:
     if len(shots) > MAX_FRAMES:
         shots = [shots[round(i * (len(shots) - 1) / (MAX_FRAMES - 1))] for i in range(MAX_FRAMES)]
     return [
-        {"step": f"{step:,}", "stage": _stage_at(record, step), "image": _data_uri(record.grids[name])}
+        {"step": f"{step:,}", "stage": _stage_at(record, step), "image": data_uri(record.grids[name])}
         for step, name in shots
     ]
 
@@ -151,35 +142,6 @@ def _seconds(record: RunRecord) -> dict[str, float]:
     if not isinstance(seconds, dict):
         return {}
     return {str(stage): float(value) for stage, value in seconds.items() if isinstance(value, int | float)}
-
-
-def _facts(record: RunRecord) -> dict[str, str]:
-    """Return what the run ran from and on, by name."""
-    given = record.environment
-    dirty = " with uncommitted changes" if given.get("uncommitted_changes") else ""
-    facts = {
-        "Run": record.uri,
-        "Command": _command(given.get("command")),
-        "Commit": f"{given['commit']}{dirty}" if given.get("commit") else None,
-        "Python": given.get("python"),
-        "Platform": given.get("platform"),
-        "CPUs": given.get("cpus"),
-        "Devices": ", ".join(map(str, given.get("devices") or [])),
-    }
-    return {name: str(value) for name, value in facts.items() if value}
-
-
-def _command(argv: Any) -> str | None:
-    """Return a command as it was typed, as far as Python tells: a module by its path."""
-    if not isinstance(argv, list) or not argv:
-        return None
-    program, *rest = map(str, argv)
-    job = re.fullmatch(r"(?:.*/)?jobs/(\w+)\.py", program)
-    return shlex.join([*(["python", "-m", f"jobs.{job.group(1)}"] if job else [program]), *rest])
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def main(config: ReportConfig) -> dict[str, str]:
