@@ -41,8 +41,8 @@ class Prefix:
         """Return each row `times` times, copies of a row side by side; keys and values are expanded views."""
         return self._map(lambda x: _repeat(x, times))
 
-    def pick(self, rows: Tensor) -> "Prefix":
-        """Return the rows at the indices `rows` [n]."""
+    def pick(self, rows: Tensor | slice) -> "Prefix":
+        """Return the rows at the indices `rows` [n], or a view of those in a slice."""
         return self._map(lambda x: x[rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Prefix":
@@ -52,7 +52,7 @@ class Prefix:
 
 def layers_of(cache: DynamicCache) -> Layers:
     """Return the keys and values of a model's cache."""
-    return tuple((layer.keys, layer.values) for layer in cache.layers)
+    return tuple((keys, values) for keys, values, _ in cache)
 
 
 def join(prefixes: Sequence[Prefix]) -> Prefix:
