@@ -12,6 +12,8 @@ ACTIONS = RNG.normal([0.0, 5.0, -1.0], [1.0, 0.1, 30.0], (2000, 3))
 
 def test_they_are_what_numpy_measures_and_survive_json() -> None:
     statistics = ActionStatistics.from_actions(ACTIONS, "demos-1")
+    assert statistics.mean is not None
+    assert statistics.std is not None
     for column in range(3):
         ordered = np.sort(ACTIONS[:, column])
         assert statistics.low[column] == pytest.approx(np.interp(0.01 * 1999, np.arange(2000), ordered))

@@ -29,12 +29,12 @@ class ActionStatistics(Section):
     """Value that is scaled to -1, by dimension: the lower quantile."""
     high: tuple[float, ...]
     """Value that is scaled to 1, by dimension: the upper quantile."""
-    mean: tuple[float, ...]
-    """Mean by dimension."""
-    std: tuple[float, ...]
-    """Standard deviation by dimension, of the population."""
-    count: int = Field(ge=1)
-    """Control steps that were measured."""
+    mean: tuple[float, ...] | None = None
+    """Mean by dimension, None if unknown."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation by dimension, of the population; None if unknown."""
+    count: int | None = Field(default=None, ge=1)
+    """Control steps that were measured, None if unknown."""
     fingerprint: str
     """What identifies the data that were measured; two statistics of the same data have the same."""
     quantiles: tuple[float, float] = (0.01, 0.99)
@@ -52,11 +52,11 @@ class ActionStatistics(Section):
                     "give one each per dimension"
                 )
         for field in ("low", "high", "mean", "std"):
-            if not all(map(math.isfinite, getattr(self, field))):
+            if not all(map(math.isfinite, getattr(self, field) or ())):
                 raise ValueError(f"statistics.{field}={getattr(self, field)} is not finite: measure it anew")
         if any(low > high for low, high in zip(self.low, self.high, strict=True)):
             raise ValueError(f"statistics.low={self.low} exceeds statistics.high={self.high}: swap them")
-        if min(self.std) < 0:
+        if self.std is not None and min(self.std) < 0:
             raise ValueError(f"statistics.std={self.std} is negative: measure it anew")
         if not 0 <= self.quantiles[0] < self.quantiles[1] <= 1:
             raise ValueError(f"statistics.quantiles={self.quantiles} must rise within [0, 1]")
