@@ -20,7 +20,7 @@ from jobs.config import dump_config
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 FREE_ON_RESUME = {
-    "run", "teacher", "start", "resume", "trainer", "evaluation", "alarms",
+    "run", "teacher", "start", "resume", "trainer", "evaluation", "alarms", "workers", "samplers",
     "critics.actors", "critics.cpus_per_actor", "critics.gpus_per_actor", "critics.threads",
     "critics.snapshot_every", "critics.patience",
 }  # fmt: skip
