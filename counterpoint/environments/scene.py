@@ -50,7 +50,7 @@ def extended_model(path: str, config: EnvironmentConfig) -> mujoco.MjModel:
     return spec.compile()
 
 
-class FetchBlocks(MujocoFetchPickAndPlaceEnv):  # type: ignore[misc]
+class FetchBlocks(MujocoFetchPickAndPlaceEnv):
     """Fetch PickAndPlace with our model; what it does with an action is left as it is."""
 
     def __init__(self, config: EnvironmentConfig) -> None:
