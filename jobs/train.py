@@ -1,5 +1,9 @@
-"""Train a diffusion teacher: `python -m jobs.train configs/digits/teacher.yaml`."""
+"""Train a model: `python -m jobs.train configs/digits/teacher.yaml`.
 
+The configuration's `learner` says what: a diffusion teacher (here) or a policy (`jobs.train_policy`).
+"""
+
+import sys
 from typing import Any
 
 from actors.evaluation import EvaluationRecipe
@@ -15,7 +19,8 @@ from counterpoint.optimization import load_weights
 from counterpoint.sampling import build_sampler
 from counterpoint.seeds import seed_of
 from counterpoint.unet import build_unet
-from jobs.config import run_job
+from jobs import train_policy
+from jobs.config import choice, run_job
 from jobs.launch import launch, stopped
 from jobs.report import write_report
 from jobs.runs import final_weights, open_run, save_pipeline, write_results
@@ -72,4 +77,8 @@ def finish(config: TrainConfig, store: RunStore, seconds: dict[str, float]) -> d
 
 
 if __name__ == "__main__":
-    run_job(main, TrainConfig)
+    learners: dict[str, Any] = {
+        "diffusion": (main, TrainConfig),
+        "policy": (train_policy.main, train_policy.PolicyTrainConfig),
+    }
+    run_job(*choice(sys.argv[1:], "learner", learners))

@@ -40,7 +40,7 @@ MANIFEST, WEIGHTS, WORDS, ACTIONS, SAMPLE = (
 )  # fmt: skip
 SAMPLE_CHUNKS = 256
 MOST_MEDIAN_ERROR, MOST_CLIPPED = 0.05, 0.2
-"""Shares above which statistics are taken to be of other data; a bin of 32 errs by 0.016 of its range at most."""
+"""Shares above which statistics are taken to be of other data; one of 32 bins errs by 0.016 of the range."""
 
 
 class Manifest(Section):
@@ -82,14 +82,11 @@ class PolicyBundle:
         """
         for observation in observations:
             self.observation_space.check(observation)
-        cameras = list(self.observation_space.cameras)
-        images = {
-            f"images.{name}": torch.from_numpy(np.stack([o.images[name] for o in observations]))
-            for name in cameras
-        }
+        cameras = self.observation_space.cameras
+        images = np.stack([np.stack([o.images[camera] for camera in cameras]) for o in observations])
         states = np.stack([np.asarray(o.state, dtype=np.float32) for o in observations])
         words = encode_words(self.words, [o.instruction for o in observations], self.words_length)
-        inputs: dict[str, Tensor] = images | {"state": torch.from_numpy(states), "words": words}
+        inputs = {"images": torch.from_numpy(images), "state": torch.from_numpy(states), "words": words}
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def decode(self, tokens: Sequence[int]) -> tuple[np.ndarray, int]:
@@ -148,11 +145,13 @@ def build_policy(
     tokenizer: ActionTokenizer,
     words: PreTrainedTokenizerFast,
     words_length: int,
+    seed: int = 0,
 ) -> CompactPolicy:
-    """Build the network that fits its tokenizers, with the weights that the global generator gives."""
+    """Build the network that fits its tokenizers, with weights drawn from `seed`."""
     return CompactPolicy(
         network, observation_space, vocabulary=tokenizer.vocab_size, end_token=tokenizer.end_token,
         max_tokens=tokenizer.max_tokens, words_vocabulary=len(words), words_length=words_length,
+        seed=seed,
     )  # fmt: skip
 
 
@@ -165,13 +164,11 @@ def new_bundle(
     words_length: int,
     actions: np.ndarray,
     source: str = "",
+    seed: int = 0,
 ) -> PolicyBundle:
-    """Make the bundle of a policy that is about to be trained on chunks `actions` [F,H,D].
-
-    The network's weights are those that torch's global generator gives.
-    """
+    """Make the bundle of a policy that is about to be trained on chunks `actions` [F,H,D]."""
     words = build_words(instructions)
-    policy = build_policy(network, observation_space, tokenizer, words, words_length)
+    policy = build_policy(network, observation_space, tokenizer, words, words_length, seed)
     picked = np.linspace(0, len(actions) - 1, min(SAMPLE_CHUNKS, len(actions))).astype(int)
     sample = np.ascontiguousarray(actions[picked], dtype=np.float32)
     encode_words(words, instructions, words_length)  # refuses now what the policy could not read later
@@ -206,8 +203,8 @@ def check_sample(bundle: PolicyBundle) -> dict[str, float]:
     }
     if report["median_error"] > MOST_MEDIAN_ERROR or clipped > MOST_CLIPPED:
         logger.warning(
-            "the action statistics hardly fit the policy's own training data: median error %.3f of the range, "
-            "%.1f%% clipped; were they made from other data, or in other units?",
+            "the action statistics hardly fit the policy's own training data: median error %.3f of the "
+            "range, %.1f%% clipped; were they made from other data, or in other units?",
             report["median_error"], 100 * clipped,
         )  # fmt: skip
     return report
