@@ -1,14 +1,15 @@
-"""Ratios against named rivals, on the same work in one run: `python -m jobs.bench heads` and `... panel`."""
+"""Ratios against named rivals, on the same work in one run: `python -m jobs.bench heads`, panel, sampler."""
 
 import sys
 from typing import Any
 
-from jobs import bench_heads, bench_panel
+from jobs import bench_heads, bench_panel, bench_sampler
 from jobs.config import run_job
 
 BENCHES: dict[str, Any] = {
     "heads": (bench_heads.main, bench_heads.HeadsBenchConfig),
     "panel": (bench_panel.main, bench_panel.PanelBenchConfig),
+    "sampler": (bench_sampler.main, bench_sampler.SamplerBenchConfig),
 }
 
 if __name__ == "__main__":
