@@ -126,7 +126,8 @@ class RolloutWorker:
         def choose(observations: list[Observation], streams: list[Stream]) -> list[Decision]:
             return sampler.act(observations, streams, selection, self.settings.index)
 
-        return list(self.runner.run(seeds, choose, selection.rule == "oracle", job.traced, job.filmed))
+        execute, oracle = sampler.action_space.execute, selection.rule == "oracle"
+        return list(self.runner.run(seeds, choose, execute, oracle, job.traced, job.filmed))
 
     @reporting(lambda self: self.settings.name)
     def spaces(self) -> tuple[ObservationSpace, ActionSpace]:

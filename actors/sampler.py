@@ -49,6 +49,11 @@ class SamplersConfig(Section):
 class Sampler(Protocol):
     """Chooses actions, in this process or elsewhere; picklable."""
 
+    @property
+    def action_space(self) -> ActionSpace:
+        """The policy's, whose `execute` says how much of a chunk is executed."""
+        ...
+
     def act(
         self, observations: Sequence[Observation], streams: Sequence[Stream], selection: SelectionConfig,
         caller: int = 0,
@@ -89,6 +94,11 @@ class LocalSampler:
     """URI of the policy's run."""
     seed: int = 0
     """Seed of the candidates."""
+
+    @property
+    def action_space(self) -> ActionSpace:
+        """The policy's."""
+        return _kept_policy(self.policy).action_space
 
     def act(
         self, observations: Sequence[Observation], streams: Sequence[Stream], selection: SelectionConfig,
@@ -190,11 +200,6 @@ def check_environment(
 ) -> None:
     """Raise ValueError, in one line, unless an environment of these spaces suits the policy."""
     bundle.action_space.check_same(action_space, "the policy", "the environment")
-    if action_space.execute > bundle.action_space.horizon:
-        raise ValueError(
-            f"execute={action_space.execute} exceeds the policy's horizon={bundle.action_space.horizon}: "
-            "lower it"
-        )
     for camera, size in bundle.observation_space.cameras.items():
         theirs = observation_space.cameras.get(camera)
         if theirs is None:
@@ -229,6 +234,8 @@ class RemoteSamplers:
     """Chooses in sampler actors, and waits for one that is being restarted."""
 
     actors: tuple[Any, ...]
+    action_space: ActionSpace
+    """The policy's."""
     patience: float = 120.0
     """Seconds to wait for an answer, restarts included."""
 

@@ -19,7 +19,8 @@ from actors.sampler import (
 from cluster.connect import connected, thread_env
 from cluster.placement import Pool, plan
 from cluster.reserve import Reservation, reserve
-from cluster.waiting import NotReady, ready
+from cluster.waiting import NotReady, get, ready
+from counterpoint.actions.space import ActionSpace
 from counterpoint.environments.running import Build
 from jobs.stage import PLACEMENT_TIMEOUT, START_TIMEOUT
 
@@ -56,7 +57,9 @@ class Stage:
             actors[name] = actor.remote(uri, settings)
         try:
             _await(actors, "start of the samplers")
-            yield RemoteSamplers(tuple(actors.values()), self.workers.patience)
+            described = get(actors["sampler-0"].describe.remote(), START_TIMEOUT, "description of the policy")
+            action_space = ActionSpace.model_validate(described["action_space"])
+            yield RemoteSamplers(tuple(actors.values()), action_space, self.workers.patience)
         finally:
             for actor in actors.values():
                 ray.kill(actor)

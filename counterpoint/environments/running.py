@@ -104,16 +104,18 @@ class Runner:
         self,
         seeds: Iterable[int],
         chooser: Chooser,
+        execute: int | None = None,
         oracle: bool = False,
         traced: Collection[int] = (),
         filmed: Collection[int] = (),
     ) -> Iterator[Episode | Unfinished]:
         """Play the episodes of `seeds`, and yield each as it ends.
 
-        The chooser is asked for all environments in one call. With `oracle` the candidate nearest to the
-        expert replaces its choice. Seeds in `traced` keep their decisions, those in `filmed` their images.
-        What an environment raises, and a ValueError by which the chooser refuses an observation, ends that
-        episode alone; other errors of the chooser are raised.
+        The chooser is asked for all environments in one call, and `execute` steps of each chunk are taken
+        before it is asked again (None: as many as the environment's action space says). With `oracle` the
+        candidate nearest to the expert replaces its choice. Seeds in `traced` keep their decisions, those in
+        `filmed` their images. What an environment raises, and a ValueError by which the chooser refuses an
+        observation, ends that episode alone; other errors of the chooser are raised.
         """
         waiting = iter(seeds)
         runs: list[_Run] = []
@@ -128,7 +130,10 @@ class Runner:
                 if not runs:
                     return
                 for run, decision in zip(list(runs), _choose(chooser, runs), strict=True):
-                    outcome = self._execute(run, decision, oracle, run.seed in traced, run.seed in filmed)
+                    steps = execute or run.environment.action_space.execute
+                    outcome = self._execute(
+                        run, decision, steps, oracle, run.seed in traced, run.seed in filmed
+                    )
                     if outcome is not None:
                         runs.remove(run)
                         yield outcome
@@ -176,9 +181,15 @@ class Runner:
         return run
 
     def _execute(
-        self, run: _Run, decision: Decision | ValueError, oracle: bool, traced: bool, filmed: bool
+        self,
+        run: _Run,
+        decision: Decision | ValueError,
+        steps: int,
+        oracle: bool,
+        traced: bool,
+        filmed: bool,
     ) -> Episode | Unfinished | None:
-        """Execute one chunk; return the episode if it ended."""
+        """Execute `steps` of a chunk; return the episode if it ended."""
         try:
             if isinstance(decision, Undecodable):
                 # The policy's own failure, and no other than a wrong action: the episode counts.
@@ -191,7 +202,7 @@ class Runner:
                 with self.guard("act", run.seed, run.steps):
                     decision = _nearest(run.environment, decision)
             _count(run, decision, traced)
-            for action in _executed(run.environment, decision):
+            for action in _first(decision.actions, steps):
                 with self.guard("act", run.seed, run.steps):
                     run.last = run.environment.act(action)
                 run.steps += 1
@@ -254,14 +265,13 @@ def _count(run: _Run, decision: Decision, traced: bool) -> None:
         run.trace.append(decision)
 
 
-def _executed(environment: Environment, decision: Decision) -> np.ndarray:
-    execute = environment.action_space.execute
-    if len(decision.actions) < execute:
+def _first(actions: np.ndarray, steps: int) -> np.ndarray:
+    if len(actions) < steps:
         raise ValueError(
-            f"the chunk has {len(decision.actions)} steps, the environment executes {execute}: lower "
-            "execute, or use a policy with a longer horizon"
+            f"execute={steps} exceeds the {len(actions)} steps of a chunk: lower it, or use a policy with a "
+            "longer horizon"
         )
-    return decision.actions[:execute]
+    return actions[:steps]
 
 
 def play_scripted(
