@@ -27,7 +27,9 @@ def action_ids(config: Any) -> Tensor:
 
     Raises ValueError, in one line, if the configuration is not that of such a model.
     """
-    sizes = {name: getattr(config, name, None) for name in ("n_action_bins", "pad_to_multiple_of")}
+    sizes: dict[str, Any] = {
+        name: getattr(config, name, None) for name in ("n_action_bins", "pad_to_multiple_of")
+    }
     missing = [name for name, value in sizes.items() if not isinstance(value, int)]
     if missing or not isinstance(getattr(config, "norm_stats", None), dict):
         raise ValueError(
@@ -51,10 +53,14 @@ class OpenVLAPolicy(nn.Module):
 
     conditions = frozenset({"text"})
     end_token: int | None = None
+    model: Any
+    """The model, in transformers' own form."""
+    ids: Tensor
+    """Text-vocabulary id of each action token, int64 [V]."""
 
-    def __init__(self, model: nn.Module, max_tokens: int) -> None:
+    def __init__(self, model: Any, max_tokens: int) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.max_tokens = max_tokens
         ids = action_ids(self.model.config)
         self.vocabulary = len(ids)
@@ -62,8 +68,7 @@ class OpenVLAPolicy(nn.Module):
         self.inserts = all(
             hasattr(model, part) for part in ("vision_backbone", "projector", "language_model")
         )
-        self.decoder: Any = self.model.language_model if self.inserts else self.model
-        accepted = inspect.signature(self.decoder.forward).parameters
+        accepted = inspect.signature(self._decoder.forward).parameters
         self._takes = {
             name: name in accepted for name in ("mm_encoder_outputs", "token_type_ids", "logits_to_keep")
         }
@@ -114,7 +119,7 @@ class OpenVLAPolicy(nn.Module):
     def advance(self, prefix: Prefix, tokens: Tensor) -> Prefix:
         """Read one more action token per row, `tokens` int64 [R] in [0, V)."""
         seen = F.pad(prefix.mask, (0, 1), value=True)
-        output = self.decoder(
+        output = self._decoder(
             input_ids=self.ids[tokens][:, None],
             attention_mask=seen.long(),
             position_ids=prefix.positions[:, None],
@@ -138,6 +143,10 @@ class OpenVLAPolicy(nn.Module):
             parts.append(self._over_actions(output.logits)[:, -length:])
             order += rows
         return torch.cat(parts)[_inverse(order, self.ids.device)]
+
+    @property
+    def _decoder(self) -> Any:
+        return self.model.language_model if self.inserts else self.model
 
     def _prompts(self, encoded: Inputs, mask: Mask) -> list[Tensor]:
         check_mask(mask, self.conditions)
@@ -165,7 +174,7 @@ class OpenVLAPolicy(nn.Module):
             more["token_type_ids"] = more["token_type_ids"].expand(len(rows), -1)
         if self._takes["logits_to_keep"]:
             more["logits_to_keep"] = suffix + 1
-        return self.decoder(
+        return self._decoder(
             attention_mask=torch.ones((len(rows), length), dtype=torch.long, device=ids.device),
             position_ids=torch.arange(length, device=ids.device).expand(len(rows), -1),
             past_key_values=DynamicCache(),
