@@ -151,10 +151,10 @@ def read_record(store: RunStore) -> RunRecord:
         uri=store.uri,
         source=_read_source(_mapping(config_text)),
         config_text=config_text,
-        environment=_read_json(store, ENVIRONMENT),
+        environment=read_json(store, ENVIRONMENT),
         metrics=[row for row in read_metrics(store) if "step" in row],
         evaluations=[row for row in read_metrics(store, EVALUATIONS) if "step" in row],
-        results=_read_json(store, RESULTS),
+        results=read_json(store, RESULTS),
         heads=_read_heads(store),
         grids={name: store.read_bytes(name) for name in grids},
     )
@@ -177,7 +177,8 @@ def _read_source(config: Row) -> str:
     return str(data.get("source") or "") if isinstance(data, dict) else ""
 
 
-def _read_json(store: RunStore, name: str) -> Row:
+def read_json(store: RunStore, name: str) -> Row:
+    """Return the JSON object in the file `name`, empty where there is no such file."""
     if not store.exists(name):
         return {}
     value = json.loads(store.read_text(name))

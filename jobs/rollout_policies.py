@@ -1,0 +1,63 @@
+"""The policies of a comparison: trained where they are missing, checked, and told from one another."""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from actors.sampler import POLICY, check_environment, load_policy
+from cluster.storage import RunStore
+from counterpoint.policies.policy import check_mask
+from jobs import train_policy
+from jobs.rollout_settings import PolicyArm, RolloutConfig
+from jobs.runs import CONFIG
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = f"{POLICY}/policy.json"
+
+
+def train_missing(config: RolloutConfig) -> None:
+    """Train the policies whose runs have none, then check that every policy suits environment and rules.
+
+    Raises ValueError for a policy that is missing and cannot be made, or that does not suit.
+    """
+    for arm, seed in _trainings(config):
+        if not RunStore(arm.uri(seed)).exists(MANIFEST):
+            train_one(arm, seed)
+    observations, actions = config.environment.observation_space(), config.environment.action_space()
+    for arm, seed in _trainings(config):
+        bundle = load_policy(arm.uri(seed))
+        check_environment(bundle, observations, actions)
+        for rule in config.rules_of(arm.name):
+            check_mask(rule.selection.mask or "none", bundle.policy.conditions)
+
+
+def train_one(arm: PolicyArm, seed: int | None) -> None:
+    """Train one policy of an arm, or go on with a training that was stopped."""
+    uri = arm.uri(seed)
+    if arm.train is None:
+        raise ValueError(
+            f"the policy {arm.name} has no run at {uri}: train it with `python -m jobs.train "
+            f"configs/vla/policy.yaml run={uri}`, or give this arm a section `train`"
+        )
+    changes: dict[str, Any] = {"run": uri, "resume": RunStore(uri).exists(CONFIG)}
+    changes |= {} if seed is None else {"seed": seed}
+    logger.info("training the policy %s into %s", arm.name, uri)
+    train_policy.main(arm.train.model_copy(update=changes))
+    if not RunStore(uri).exists(MANIFEST):  # the training was asked to stop, and stopped in good order
+        raise KeyboardInterrupt
+
+
+@functools.lru_cache(maxsize=64)
+def fingerprint(uri: str) -> str:
+    """Return what tells a run's policy from any other: a digest of all its files."""
+    store, digest = RunStore(uri), hashlib.sha256()
+    for name in store.list(POLICY):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(store.read_bytes(name)).digest())
+    return digest.hexdigest()[:16]
+
+
+def _trainings(config: RolloutConfig) -> Iterator[tuple[PolicyArm, int | None]]:
+    return ((arm, seed) for arm in config.policies for seed in arm.training_seeds)
