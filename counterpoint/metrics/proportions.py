@@ -85,10 +85,10 @@ def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
     margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
     if margins == 0:
         return 0.0
-    excess = both * neither - gained * lost
+    excess = float(both * neither - gained * lost)
     if excess > 0:
-        excess = max(excess - (both + gained + lost + neither) / 2, 0)
-    return float(excess / np.sqrt(float(margins)))
+        excess = max(excess - (both + gained + lost + neither) / 2, 0.0)
+    return excess / float(np.sqrt(float(margins)))
 
 
 def _combined(one: float, other: float, correlation: float) -> float:

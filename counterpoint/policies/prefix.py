@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 Layers = tuple[tuple[Tensor, Tensor], ...]
 
@@ -35,7 +35,14 @@ class Prefix:
 
     def cache(self) -> DynamicCache:
         """Return a cache for the model to extend; the tensors here are never written to."""
-        return DynamicCache(self.layers)
+        cache = DynamicCache()
+        for keys, values in self.layers:
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            # Handed over to the constructor, both would be copied.
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
+        return cache
 
     def repeat(self, times: int) -> "Prefix":
         """Return each row `times` times, copies of a row side by side; keys and values are expanded views."""
