@@ -10,7 +10,10 @@ GAIN = 0.8
 """Share of the remaining way that one step asks for."""
 CLEARANCE = 0.08
 """Metres above the block's centre at which the gripper travels."""
-BLOCK_WIDTH = 0.05
+ASIDE, LEVEL = 0.015, 0.012
+"""Metres off the block's middle, sideways and in height, within which the fingers can close on it."""
+HELD = 0.054
+"""Metres between the fingers below which they hold the block, which is 0.05 wide."""
 
 
 def expert_action(gripper: np.ndarray, openings: np.ndarray, block: np.ndarray) -> np.ndarray:
@@ -22,11 +25,11 @@ def expert_action(gripper: np.ndarray, openings: np.ndarray, block: np.ndarray) 
     way = block - gripper
     aside = float(np.hypot(way[0], way[1]))
     grip = 1.0
-    if aside > 0.015:
+    if aside > ASIDE:
         way[2] += CLEARANCE
-    elif abs(way[2]) < 0.012:
+    elif abs(way[2]) < LEVEL:
         grip = -1.0
-        held = float(openings.sum()) < BLOCK_WIDTH + 0.004
+        held = float(openings.sum()) < HELD
         way = np.array([0.0, 0.0, REACH * METRES / GAIN if held else 0.0])
     motion = np.clip(GAIN * way / METRES, -REACH, REACH)
     return np.array([*motion, grip], dtype=np.float32)

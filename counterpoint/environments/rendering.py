@@ -2,6 +2,8 @@
 
 The renderer of MuJoCo is chosen when it is first imported, by the variable MUJOCO_GL. This module sets it to
 "egl" if nobody has, and is therefore where MuJoCo is imported from. EGL needs no GPU: Mesa draws on the CPU.
+Where there is an NVIDIA GPU, several processes that draw through EGL at once may hang (MuJoCo's issue 3444):
+set MUJOCO_GL=osmesa there.
 """
 
 import atexit
