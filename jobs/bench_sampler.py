@@ -37,10 +37,10 @@ class SamplerBenchConfig(Section):
     """The policy."""
     environment: EnvironmentConfig = EnvironmentConfig()
     """Whose images, states, instructions and actions it has; no simulator is started."""
-    actions: TokenizerConfig = TokenizerConfig()
-    """Its action tokens; a chunk has horizon times dimensions of them if they are uniform."""
+    vocabulary: int = Field(default=256, ge=3)
+    """Its action tokens: uniform bins, which always decode."""
     horizon: int = Field(default=4, ge=1)
-    """Control steps of a chunk."""
+    """Control steps of a chunk; it has as many tokens as they have dimensions together."""
     words_length: int = Field(default=8, ge=5)
     """Words of an instruction, padded."""
     selection: SelectionConfig = SelectionConfig(rule="masked_condition", mask="both")
@@ -122,7 +122,7 @@ def build_bundle(config: SamplerBenchConfig) -> PolicyBundle:
     chunks = np.random.default_rng(0).uniform(
         space.low, space.high, (CHUNKS, config.horizon, space.dimensions)
     )
-    tokenizer = build_tokenizer(config.actions, chunks, "uniform noise")
+    tokenizer = build_tokenizer(TokenizerConfig(bins=config.vocabulary), chunks, "uniform noise")
     with torch.device(config.device):
         bundle = new_bundle(
             config.network, config.environment.observation_space(), space, tokenizer,

@@ -1,5 +1,6 @@
 """The sampler's benchmark compares the same decisions, and tells what it should."""
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,7 +13,7 @@ from jobs.bench_sampler import SamplerBenchConfig
 TINY = {
     "network": {"hidden": 16, "layers": 1, "heads": 2, "intermediate": 16, "vision": {"channels": (4, 4, 4)}},
     "environment": {"image_size": 16},
-    "actions": {"bins": 12},
+    "vocabulary": 12,
     "horizon": 2,
     "candidates": (2, 3),
     "rival_candidates": 3,
@@ -20,9 +21,11 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_benchmark_tells_latencies_of_all_arms(dtype):
-    told = bench_sampler.main(SamplerBenchConfig.model_validate(TINY | {"dtype": dtype, "batch": 2}))
+@pytest.mark.parametrize(("dtype", "vision"), [("float32", "pointer"), ("bfloat16", "patches")])
+def test_benchmark_tells_latencies_of_all_arms(dtype, vision):
+    network = TINY["network"] | {"vision": {"kind": vision, "channels": (4, 4, 4)}}
+    changes = {"dtype": dtype, "network": network, "batch": 2}
+    told = bench_sampler.main(SamplerBenchConfig.model_validate(TINY | changes))
     expected = {"over_greedy_at_2", "over_greedy_at_3", "over_naive_at_3", "over_repeated_prefill_at_3"}
     assert expected <= set(told)
     for name in expected:
@@ -41,6 +44,7 @@ def test_rivals_make_the_same_decisions():
     assert list(arms) == ["greedy", "2", "3", "naive", "repeated_prefill"]
     made = {name: arm(1) for name, arm in arms.items()}
     assert bench_sampler.alike(made["3"], made["naive"])
+    np.testing.assert_allclose(made["3"][0].confidences, made["naive"][0].confidences, atol=1e-4)
     assert bench_sampler.alike(made["3"], made["repeated_prefill"])
     assert not bench_sampler.alike(made["3"], arms["3"](2))
     assert made["2"][0].tokens == made["3"][0].tokens[:2]

@@ -173,3 +173,12 @@ def test_a_mask_of_a_condition_that_the_policy_lacks_is_refused():
     with pytest.raises(ValueError, match="mask=both hides state, which this policy is never told"):
         decided(bundle, MASKED)
     assert bundle.policy.calls["encode"] == 0
+
+
+def test_a_policy_that_yields_no_numbers_still_acts_greedily():
+    bundle = TinyBundle(TinyPolicy())
+    torch.nn.init.constant_(bundle.policy.head.weight, torch.nan)
+    for decision in decided(bundle, MASKED):
+        assert (decision.chosen, decision.rejected) == (-1, 0)
+        assert np.isnan(decision.confidences).all()
+        assert decision.actions.shape == (1, 7)

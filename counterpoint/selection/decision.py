@@ -22,7 +22,8 @@ class Decision:
     actions: np.ndarray
     """The chunk that was kept, in the environment's units, float32 [H,D]."""
     chosen: int
-    """Index of the kept candidate; -1 where none could be decoded and the greedy chunk was taken instead."""
+    """Index of the kept candidate; -1 where the greedy chunk was taken instead, because none could be decoded
+    or none of those that could had a confidence other than NaN."""
     candidates: np.ndarray
     """All candidates' chunks, float32 [N,H,D]; NaN where a candidate could not be decoded."""
     tokens: tuple[tuple[int, ...], ...]
