@@ -93,12 +93,14 @@ def _by_instruction(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _episode(traces: Sequence[dict[str, Any]], results: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the episode whose decisions are shown: of a masked-condition rule if there is one."""
 
-    def rank(trace: Mapping[str, Any]) -> tuple[bool, bool, bool]:
-        rule = results["rules"].get(trace["rule"], {}).get("rule")
-        several = any(len(decision["candidates"]) > 1 for decision in trace["decisions"])
-        return rule == "masked_condition", several, trace["policy"] == results["figures"][0]["policy"]
+    rules, policies = list(results["rules"]), [row["policy"] for row in results["figures"]]
 
-    whole = [trace for trace in traces if trace["decisions"]]
+    def rank(trace: Mapping[str, Any]) -> tuple[bool, bool, int, int]:
+        masked = results["rules"][trace["rule"]]["rule"] == "masked_condition"
+        several = any(len(decision["candidates"]) > 1 for decision in trace["decisions"])
+        return masked, several, -policies.index(trace["policy"]), -rules.index(trace["rule"])
+
+    whole = [t for t in traces if t["decisions"] and t["rule"] in rules and t["policy"] in policies]
     if not whole:
         return None
     trace = max(whole, key=rank)

@@ -70,7 +70,12 @@ def _standing(figures: Sequence[Row], baseline: str, scripted: Sequence[Row]) ->
         f"With {row['rule']}, {row['policy']} succeeds in {percent(row['rate'])} % "
         f"[{percent(row['low'])}, {percent(row['high'])}] of them"
     )
-    others = [f"the {r['policy']} in {percent(r['rate'])} %" for r in scripted if r["rate"] is not None]
+    words = {"random": "random actions", "expert": "the scripted expert"}
+    others = [
+        f"{words.get(r['policy'], r['policy'])} in {percent(r['rate'])} %"
+        for r in scripted
+        if r["rate"] is not None
+    ]
     return f"{text}; {' and '.join(others)}." if others else f"{text}."
 
 
@@ -82,20 +87,30 @@ def _resolved(comparisons: Sequence[Row]) -> list[str]:
     if not found:
         return [f"Of {number} none is resolved after Holm's correction."]
     told = [
-        f"{_named(row)} against {_rival(row)} {signed(row['difference'])} points "
+        f"{_named(row)} against {row['against_rule']} {signed(row['difference'])} points "
         f"[{signed(row['low'])}, {signed(row['high'])}] ({verdict(row)})"
         for row in found
+        if row["kind"] != "policy"
     ]
+    pairs = dict.fromkeys((r["policy"], r["against_policy"]) for r in found if r["kind"] == "policy")
+    told += [_between_policies(comparisons, *pair) for pair in pairs]
     text = f"Of {number}, resolved after Holm's correction: {'; '.join(told)}."
     return [text if len(found) == len(comparisons) else f"{text} All others are not resolved."]
 
 
+def _between_policies(comparisons: Sequence[Row], policy: str, against: str) -> str:
+    rows = [
+        r
+        for r in comparisons
+        if r["kind"] == "policy" and (r["policy"], r["against_policy"]) == (policy, against)
+    ]
+    found = [row["difference"] for row in rows if row["p_holm"] < LEVEL]
+    span = signed(found[0]) if len(found) == 1 else f"{signed(min(found))} to {signed(max(found))}"
+    return f"{policy} against {against} under {len(found)} of {_counted(len(rows), 'rule')}, {span} points"
+
+
 def _named(row: Row) -> str:
     return f"{row['policy']} with {row['rule']}"
-
-
-def _rival(row: Row) -> str:
-    return f"{row['against_policy']}" if row["kind"] == "policy" else f"{row['against_rule']}"
 
 
 def _counted(number: int, what: str) -> str:
