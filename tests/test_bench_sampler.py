@@ -1,5 +1,7 @@
 """The sampler's benchmark compares the same decisions, and tells what it should."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -67,8 +69,8 @@ def test_one_by_one_has_a_prefill_for_every_candidate(monkeypatch):
 
 
 def test_the_gpu_variant_is_of_realistic_size():
-    with open("configs/vla/bench_gpu.yaml", encoding="utf-8") as file:
-        config = SamplerBenchConfig.model_validate(yaml.safe_load(file))
+    text = (Path(__file__).parent.parent / "configs/vla/bench_gpu.yaml").read_text(encoding="utf-8")
+    config = SamplerBenchConfig.model_validate(yaml.safe_load(text))
     with torch.device("meta"):
         bundle = bench_sampler.build_bundle(config.model_copy(update={"device": "meta"}))
     parameters = list(bundle.policy.parameters())
