@@ -9,6 +9,7 @@ import openvla_parts as parts
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
 
 from counterpoint.actions.space import ActionSpace
@@ -329,3 +330,24 @@ def test_code_from_a_folder_runs_only_if_trusted(folders: dict[str, Path], tmp_p
         load_openvla(folders["remote"], "bridge")
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load_openvla(tmp_path / "nowhere", "bridge")
+
+
+@pytest.mark.parametrize("damage", ["lacking", "corrupt", "absent"])
+def test_weights_that_are_not_whole_are_refused(
+    damage: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for file in folders["llava"].iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    whole = folders["llava"] / "model.safetensors"
+    if damage == "lacking":
+        tensors = load_file(whole)
+        del tensors[sorted(tensors)[0]]
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    elif damage == "corrupt":
+        (tmp_path / "model.safetensors").write_bytes(whole.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded by transformers") as caught:
+        load_openvla(tmp_path, "bridge")
+    assert "\n" not in str(caught.value)
+    if damage == "lacking":
+        assert "the weights lack" in str(caught.value)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -25,6 +26,7 @@ from counterpoint.policies.policy import Inputs
 
 LLAMA_SPACE = 29871
 """Llama's lone word boundary, with which OpenVLA's prompts end."""
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError)
 SEVEN = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 
 
@@ -108,7 +110,7 @@ def load_openvla(
         raise ValueError(f"{folder} has no config.json: give the folder of a model saved by transformers")
     try:
         model, processor = _load(folder, trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder} cannot be loaded by transformers ({reason})") from error
     statistics = read_statistics(folder, model.config, unnorm_key)
@@ -171,7 +173,12 @@ def _load(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
         where = {"local_files_only": True}
     else:
         loader = AutoModelForImageTextToText
-    model = loader.from_pretrained(folder, config=config, dtype="auto", use_safetensors=True, **where)
+    model, found = loader.from_pretrained(
+        folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True, **where
+    )
+    if found["missing_keys"]:
+        # Otherwise these weights would be random, and nothing but the robot would notice.
+        raise ValueError(f"the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     return model, AutoProcessor.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True
     )
