@@ -1,13 +1,16 @@
 """Training of the compact policy: what each stage moves, what is learnt, and that cuts do not matter."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from vla_parts import COLOURS, WORDS, inputs_of, policy, squares, tokens_of, words
 
 from counterpoint.optimization import Optimization, OptimizerConfig
@@ -271,3 +274,15 @@ def test_data_that_do_not_fit_are_refused_in_one_line(change: dict[str, Any], me
 def test_tokens_that_do_not_fit_are_refused(tokens: list[list[int]]) -> None:
     with pytest.raises(ValueError, match=r"encode"):
         PolicyTrainer(policy(), DATA.pick(np.array([0])), tokens, words, PolicyTrainingConfig(), 0)
+
+
+@pytest.mark.parametrize("kind", ["pointer", "patches"])
+def test_data_parallel_wrapping_uses_every_weight_that_learns(tmp_path: Path, kind: str) -> None:
+    # DistributedDataParallel refuses the next step if a weight that learns had no part in the last.
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain, wrapped = trainer(policy(kind)), trainer(policy(kind), Place(wrap=DistributedDataParallel), 2)
+        for step in range(plain.total_steps):
+            assert wrapped.step(step)["loss"] == pytest.approx(plain.step(step)["loss"], rel=1e-3)
+    finally:
+        dist.destroy_process_group()
