@@ -1,6 +1,7 @@
 """Models with OpenVLA's interface behind the policy protocol, against the models' own ways of generating."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -351,3 +352,16 @@ def test_weights_that_are_not_whole_are_refused(
     assert "\n" not in str(caught.value)
     if damage == "lacking":
         assert "the weights lack" in str(caught.value)
+
+
+def test_code_for_another_version_is_answered_with_one_line(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for file in folders["remote"].iterdir():
+        shutil.copy(file, tmp_path)
+    with (tmp_path / "remote_code.py").open("a") as code:
+        code.write("\n\nraise TypeError('written for\\nanother version')\n")
+    with pytest.raises(ValueError, match=r"by transformers .*written for another version") as caught:
+        load_openvla(tmp_path, "bridge", trust_remote_code=True)
+    assert "\n" not in str(caught.value)

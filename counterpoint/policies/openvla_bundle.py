@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -26,7 +25,6 @@ from counterpoint.policies.policy import Inputs
 
 LLAMA_SPACE = 29871
 """Llama's lone word boundary, with which OpenVLA's prompts end."""
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError)
 SEVEN = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 
 
@@ -101,7 +99,8 @@ def load_openvla(
 
     `unnorm_key` names the statistics to scale actions by, of `config.norm_stats` or, before it, of
     `dataset_statistics.json`, which fine-tuning leaves beside the weights. Dimensions that their mask
-    excludes are not scaled. Code from the folder runs only with `trust_remote_code`. Without
+    excludes are not scaled. Code from the folder runs only with `trust_remote_code`, and must have been
+    written for the installed transformers: what OpenVLA's authors published is for 4.40. Without
     `observation_space` there is one camera, "image", of the model's input size; without `action_space` a
     chunk is one step and its bounds are the statistics' quantiles. Raises ValueError, in one line, if
     something is missing or does not fit.
@@ -110,7 +109,7 @@ def load_openvla(
         raise ValueError(f"{folder} has no config.json: give the folder of a model saved by transformers")
     try:
         model, processor = _load(folder, trust_remote_code)
-    except LOADING_ERRORS as error:
+    except Exception as error:  # code from the folder can raise anything
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder} cannot be loaded by transformers ({reason})") from error
     statistics = read_statistics(folder, model.config, unnorm_key)
