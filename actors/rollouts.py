@@ -1,9 +1,8 @@
 """Rollout workers: each steps several environments, with deadlines that end the process of a hung one."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import ray
 from pydantic import Field
@@ -12,7 +11,6 @@ from actors.sampler import Sampler
 from actors.watchdog import Watchdog
 from cluster.failures import reporting
 from counterpoint.actions.space import ActionSpace
-from counterpoint.environments.demonstrating import Recording, demonstrate, scene
 from counterpoint.environments.episode import Episode
 from counterpoint.environments.running import (
     Build,
@@ -28,7 +26,8 @@ from counterpoint.section import Section
 from counterpoint.selection.config import SelectionConfig
 from counterpoint.selection.decision import Decision, Stream
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from counterpoint.environments.demonstrating import Recording
 
 
 class WorkersConfig(Section):
@@ -81,7 +80,7 @@ class CollectJob:
 
 
 Job = RolloutJob | CollectJob
-Outcome = Episode | Recording | Unfinished
+Outcome: TypeAlias = "Episode | Recording | Unfinished"
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,10 @@ class RolloutWorker:
         if self.watchdog:
             self.watchdog.close()
 
-    def _record(self, job: CollectJob, seed: int) -> Recording | Unfinished:
+    def _record(self, job: CollectJob, seed: int) -> "Recording | Unfinished":
+        # Slow to import, and a worker that only rolls out must come back fast.
+        from counterpoint.environments.demonstrating import demonstrate, scene
+
         if job.kind == "scene":
             return self.runner.use(seed, lambda environment, guard: scene(environment, seed, guard))
         return self.runner.use(

@@ -1,10 +1,11 @@
 """Action samplers: each hosts a policy and chooses actions for the environments of many callers."""
 
 import functools
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 import torch
@@ -15,13 +16,13 @@ from cluster.failures import classify, failure
 from cluster.storage import RunStore
 from cluster.waiting import get
 from counterpoint.actions.space import ActionSpace
-from counterpoint.policies.bundle import PolicyBundle
 from counterpoint.policies.observation import Observation, ObservationSpace
-from counterpoint.policies.policy import check_mask
 from counterpoint.section import Section
-from counterpoint.selection.choice import decide
 from counterpoint.selection.config import SelectionConfig
 from counterpoint.selection.decision import Decision, Stream
+
+if TYPE_CHECKING:
+    from counterpoint.policies.bundle import PolicyBundle
 
 POLICY = "policy"
 """Folder of a run that holds its policy."""
@@ -61,18 +62,18 @@ class Sampler(Protocol):
         """Return a decision per observation; `caller` is an index by which callers are spread."""
         ...
 
-    def check(
-        self, observation_space: ObservationSpace, action_space: ActionSpace, selection: SelectionConfig
-    ) -> None:
-        """Raise ValueError unless the policy fits an environment of these spaces and can be chosen so."""
+    def check(self, observation_space: ObservationSpace, action_space: ActionSpace) -> None:
+        """Raise ValueError, in one line, unless an environment of these spaces suits the policy."""
         ...
 
 
-def load_policy(uri: str) -> PolicyBundle:
+def load_policy(uri: str) -> "PolicyBundle":
     """Load the policy of a run, onto the GPU if this process has one.
 
     Raises ValueError, in one line, if the run has no policy or it is damaged.
     """
+    from counterpoint.policies.bundle import PolicyBundle  # slow to import, and workers must come back fast
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = RunStore(uri)
     if not store.exists(POLICY):
@@ -82,7 +83,7 @@ def load_policy(uri: str) -> PolicyBundle:
 
 
 @functools.lru_cache(maxsize=1)
-def _kept_policy(uri: str) -> PolicyBundle:
+def _kept_policy(uri: str) -> "PolicyBundle":
     return load_policy(uri)
 
 
@@ -105,15 +106,13 @@ class LocalSampler:
         caller: int = 0,
     ) -> list[Decision]:  # fmt: skip
         """Return a decision per observation; raises ValueError, in one line, for one that does not fit."""
+        from counterpoint.selection.choice import decide
+
         return decide(_kept_policy(self.policy), observations, streams, selection, self.seed)
 
-    def check(
-        self, observation_space: ObservationSpace, action_space: ActionSpace, selection: SelectionConfig
-    ) -> None:
-        """Raise ValueError unless the policy fits an environment of these spaces and can be chosen so."""
-        bundle = _kept_policy(self.policy)
-        check_environment(bundle, observation_space, action_space)
-        check_mask(selection.mask or "none", bundle.policy.conditions)
+    def check(self, observation_space: ObservationSpace, action_space: ActionSpace) -> None:
+        """Raise ValueError, in one line, unless an environment of these spaces suits the policy."""
+        check_environment(_kept_policy(self.policy), observation_space, action_space)
 
 
 @dataclass(frozen=True)
@@ -171,32 +170,36 @@ class ActionSampler:
         """Return what has been asked since the last start."""
         return self.batcher.statistics()
 
+    def pid(self) -> int:
+        """Return the process id, by which a fault drill finds this sampler."""
+        return os.getpid()
+
     def describe(self) -> dict[str, Any]:
-        """Return the policy's spaces (as JSON-able dicts), its conditions and its source."""
+        """Return the policy's spaces (as JSON-able dicts), its conditions, and what it was trained on."""
         return {
             "observation_space": self.bundle.observation_space.model_dump(mode="json"),
             "action_space": self.bundle.action_space.model_dump(mode="json"),
             "conditions": sorted(self.bundle.policy.conditions),
             "source": self.bundle.source,
+            "fingerprint": self.bundle.tokenizer.statistics.fingerprint,
             "device": str(self.bundle.device),
         }
 
-    def check(
-        self, observation_space: ObservationSpace, action_space: ActionSpace, selection: SelectionConfig
-    ) -> None:
-        """Raise ValueError unless the policy fits an environment of these spaces and can be chosen so."""
+    def check(self, observation_space: ObservationSpace, action_space: ActionSpace) -> None:
+        """Raise ValueError, in one line, unless an environment of these spaces suits the policy."""
         check_environment(self.bundle, observation_space, action_space)
-        check_mask(selection.mask or "none", self.bundle.policy.conditions)
 
     def _decide(
         self, selection: SelectionConfig, asked: list[tuple[Observation, Stream]]
     ) -> Sequence[Decision]:
+        from counterpoint.selection.choice import decide
+
         observations, streams = [pair[0] for pair in asked], [pair[1] for pair in asked]
         return decide(self.bundle, observations, streams, selection, self.settings.seed)
 
 
 def check_environment(
-    bundle: PolicyBundle, observation_space: ObservationSpace, action_space: ActionSpace
+    bundle: "PolicyBundle", observation_space: ObservationSpace, action_space: ActionSpace
 ) -> None:
     """Raise ValueError, in one line, unless an environment of these spaces suits the policy."""
     bundle.action_space.check_same(action_space, "the policy", "the environment")
@@ -261,11 +264,9 @@ class RemoteSamplers:
                     raise
             time.sleep(RETRY_S)
 
-    def check(
-        self, observation_space: ObservationSpace, action_space: ActionSpace, selection: SelectionConfig
-    ) -> None:
-        """Raise ValueError unless the policy fits an environment of these spaces and can be chosen so."""
-        asked = self.actors[0].check.remote(observation_space, action_space, selection)
+    def check(self, observation_space: ObservationSpace, action_space: ActionSpace) -> None:
+        """Raise ValueError, in one line, unless an environment of these spaces suits the policy."""
+        asked = self.actors[0].check.remote(observation_space, action_space)
         get(asked, timeout=self.patience, what="check of the policy")
 
     def statistics(self) -> BatchStatistics:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from actors.crew import Crew, LocalCrew, RolloutCrew
 from actors.rollouts import RolloutWorker, WorkersConfig, WorkerSettings, worker_actor
 from actors.sampler import (
@@ -40,13 +42,18 @@ class Stage:
     def policy(self, uri: str, seed: int = 0) -> Iterator[Sampler]:
         """Have the policy of a run ready to choose with candidates of `seed`, for the length of a block.
 
-        Raises ValueError, in one line, if the run has no policy or a damaged one.
+        Raises ValueError, in one line, if the run has no policy or a damaged one, or if it does not suit
+        the environment.
         """
-        if self.places is None or self.samplers.count == 0:
-            yield LocalSampler(uri, seed)
-            return
-        import ray
+        with contextlib.ExitStack() as stack:
+            here = self.places is None or self.samplers.count == 0
+            sampler = LocalSampler(uri, seed) if here else stack.enter_context(self._hosted(uri, seed))
+            sampler.check(*self.crew.spaces())
+            yield sampler
 
+    @contextlib.contextmanager
+    def _hosted(self, uri: str, seed: int) -> Iterator[Sampler]:
+        assert self.places is not None
         config, callers = self.samplers, max(1, self.workers.count)
         actors = {}
         for index in range(config.count):

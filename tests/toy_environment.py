@@ -13,7 +13,7 @@ from counterpoint.environments.episode import Step
 from counterpoint.policies.observation import Observation, ObservationSpace
 from counterpoint.selection.decision import Decision
 
-SIZE = 8
+SIZE = 16
 SPACE = ActionSpace(names=("dx", "dy"), low=(-1.0, -2.0), high=(1.0, 2.0), horizon=3, execute=2)
 OBSERVATION_SPACE = ObservationSpace(cameras={"top": (SIZE, SIZE)}, state=("x", "y"))
 INSTRUCTIONS = ("go to the red corner", "go to the blue corner")
@@ -23,8 +23,8 @@ REACH = 0.25
 class ToyEnvironment:
     """A point walks to the corner that it is told; `faults` says by seed what goes wrong, and at which step.
 
-    Faults: "raise", "raise once", "sleep", "hold" (sleeps in C with Python's lock), "exit", "nan". An "X once"
-    happens only while the file `marker`-seed does not exist, which it creates.
+    Faults: "raise", "sleep", "hold" (sleeps in C with Python's lock), "exit", "nan". "... once" happens only
+    while the file `marker`-seed does not exist, which it creates.
     """
 
     def __init__(self, faults=None, max_steps=12, marker=None):
@@ -126,7 +126,7 @@ class ToySampler:
         self.calls.append((len(observations), caller))
         return [toy_decision(o, s) for o, s in zip(observations, streams, strict=True)]
 
-    def check(self, observation_space, action_space, selection):
+    def check(self, observation_space, action_space):
         pass
 
 
