@@ -1,15 +1,16 @@
-"""Ratios against named rivals, on the same work in one run: `python -m jobs.bench heads`, panel, sampler."""
+"""Ratios against named rivals, on the same work in one run: `python -m jobs.bench <what>`; see BENCHES."""
 
 import sys
 from typing import Any
 
-from jobs import bench_heads, bench_panel, bench_sampler
+from jobs import bench_heads, bench_panel, bench_rollout, bench_sampler
 from jobs.config import run_job
 
 BENCHES: dict[str, Any] = {
     "heads": (bench_heads.main, bench_heads.HeadsBenchConfig),
     "panel": (bench_panel.main, bench_panel.PanelBenchConfig),
     "sampler": (bench_sampler.main, bench_sampler.SamplerBenchConfig),
+    "rollout": (bench_rollout.main, bench_rollout.RolloutBenchConfig),
 }
 
 if __name__ == "__main__":
