@@ -8,6 +8,11 @@ recipe      what any process builds the same panel from
 feature_space   the network that figures are measured with, stored with the teacher
 trainers    what any worker builds its trainer from
 evaluation  workers that score snapshots of a student, each a shard
+batching    requests of many callers become few batches
+sampler     hosts of policies, which choose actions for many environments
+rollouts    workers that step environments
+watchdog    deadlines that end a hung worker, and what it died of
+crew        the driver's end of rollout workers: seeds out, episodes in
 conductor   progress out, the wish to stop in
 worker      what a Ray Train worker runs, for every trainer
 training    starting that worker group, and starting it again

@@ -151,6 +151,7 @@ class RolloutCrew:
         self.names, self.actors = list(workers), list(workers.values())
         self.environments, self.episodes_at_once = config.environments, config.episodes_at_once
         self.job_deadline, self.patience = config.job_deadline, config.patience
+        self._spaces: tuple[ObservationSpace, ActionSpace] | None = None
 
     def run(self, job: Job, seeds: Iterable[int], watch: Watch = unwatched) -> Haul[Any]:
         """Do the job for all seeds; one that fails twice is set aside with its reason.
@@ -178,8 +179,11 @@ class RolloutCrew:
                 idle.append(flight.worker)
 
     def spaces(self) -> tuple[ObservationSpace, ActionSpace]:
-        """Return the environments' spaces, as the first worker has them."""
-        return get(self.actors[0].spaces.remote(), timeout=self.patience, what="spaces of the environment")
+        """Return the environments' spaces, as the first worker has them; raises what building one raises."""
+        if self._spaces is None:
+            asked = self.actors[0].spaces.remote()
+            self._spaces = get(asked, timeout=self.patience, what="spaces of the environment")
+        return self._spaces
 
     def close(self) -> None:
         """Let the workers close their environments."""

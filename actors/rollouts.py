@@ -128,9 +128,8 @@ class RolloutWorker:
         execute, oracle = sampler.action_space.execute, selection.rule == "oracle"
         return list(self.runner.run(seeds, choose, execute, oracle, job.traced, job.filmed))
 
-    @reporting(lambda self: self.settings.name)
     def spaces(self) -> tuple[ObservationSpace, ActionSpace]:
-        """Return the environment's spaces."""
+        """Return the environment's spaces, after building one; raises what that raises."""
         environment = self.runner.environment()
         return environment.observation_space, environment.action_space
 

@@ -2,6 +2,7 @@
 
 train      a diffusion teacher
 distill    a one- to four-step student of it, against a panel of critics
+collect    demonstrations of the scripted expert
 evaluate   figures of a finished run on held-out images
 sample     pictures from a finished run
 report     the report of a run, drawn again
@@ -15,6 +16,7 @@ settings   the configuration model of every job
 runs       opening a run's storage, finishing it
 launch     a loop where the configuration says, with progress and a tidy stop
 stage      the cast on a cluster: critic hosts and evaluation workers, placed and ready
+crew       rollout workers and action samplers, placed and ready
 scoring    tables of figures, by evaluation workers or here
 """
 

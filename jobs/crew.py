@@ -55,10 +55,14 @@ class Stage:
     def _hosted(self, uri: str, seed: int) -> Iterator[Sampler]:
         assert self.places is not None
         config, callers = self.samplers, max(1, self.workers.count)
+        # A batch of all that a sampler's callers can ask is full: there is nothing more to wait for.
+        most = -(-callers // config.count) * self.workers.environments
         actors = {}
         for index in range(config.count):
             name = f"sampler-{index}"
-            settings = SamplerSettings(name, seed, config.max_batch, config.max_wait, self.workers.patience)
+            settings = SamplerSettings(
+                name, seed, min(config.max_batch, most), config.max_wait, self.workers.patience
+            )
             options: dict[str, Any] = {"runtime_env": {"env_vars": thread_env(config.threads)}}
             actor = sampler_actor(callers).options(**options, **self.places.options("samplers", index))
             actors[name] = actor.remote(uri, settings)
