@@ -86,7 +86,10 @@ def main(config: RolloutBenchConfig) -> dict[str, Any]:
     return {
         "episodes": config.episodes * config.rounds,
         **{f"episodes_per_second_{n}": round(statistics.median(each), 2) for n, each in speeds.items()},
-        **{f"mean_batch_size_{n}": round(done.mean_batch_size, 2) for n, done in work.items()},
+        **{
+            f"mean_batch_size_{n}": round(done.mean_batch_size, 2) if done.batches else None
+            for n, done in work.items()
+        },
         "ratio": round(statistics.median(ratios), 2),
         "spread": [round(min(ratios), 2), round(max(ratios), 2)],
     }

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,9 @@ from jobs.rollout_videos import save_video, wanted
 
 def play(config: RolloutConfig, store: RunStore) -> list[CellLog]:
     """Play every cell's missing episodes, one policy after the other, and return all cells."""
-    logs = [CellLog(store, cell, made_with(config, cell)) for cell in config.cells()]
+    cells = config.cells()
+    policies = {uri: fingerprint(uri) for uri in dict.fromkeys(cell.uri for cell in cells) if uri}
+    logs = [CellLog(store, cell, made_with(config, cell, policies)) for cell in cells]
     missing = sum(len(log.result.missing(config.seeds)) for log in logs)
     if not missing:
         return logs
@@ -44,15 +47,15 @@ def play(config: RolloutConfig, store: RunStore) -> list[CellLog]:
     return logs
 
 
-def made_with(config: RolloutConfig, cell: Cell) -> dict[str, Any]:
-    """Return all that the episodes of a cell follow from besides their seeds."""
+def made_with(config: RolloutConfig, cell: Cell, policies: Mapping[str, str]) -> dict[str, Any]:
+    """Return all that a cell's episodes follow from besides their seeds; `policies` are digests by URI."""
     row: dict[str, Any] = {"environment": config.environment.model_dump(mode="json")}
     if cell.selection is None or cell.uri is None:
         return row
     return row | {
         "selection": cell.selection.model_dump(mode="json"),
         "seed": config.seed,
-        "policy": fingerprint(cell.uri),
+        "policy": policies[cell.uri],
     }
 
 

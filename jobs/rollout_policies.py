@@ -1,6 +1,5 @@
 """The policies of a comparison: trained where they are missing, checked, and told from one another."""
 
-import functools
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -50,7 +49,6 @@ def train_one(arm: PolicyArm, seed: int | None) -> None:
         raise KeyboardInterrupt
 
 
-@functools.lru_cache(maxsize=64)
 def fingerprint(uri: str) -> str:
     """Return what tells a run's policy from any other: a digest of all its files."""
     store, digest = RunStore(uri), hashlib.sha256()
