@@ -30,6 +30,8 @@ from jobs.report_words import (
     share,
     summary,
 )
+from jobs.rollout_cells import CELLS
+from jobs.rollout_report import write_rollout_report
 
 REPORT = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -145,8 +147,10 @@ def _seconds(record: RunRecord) -> dict[str, float]:
 
 
 def main(config: ReportConfig) -> dict[str, str]:
-    """Write the report of `config.run` and return where it is."""
-    return {"report": write_report(RunStore(config.run))}
+    """Write the report of `config.run`, a training or a comparison of rollouts, and return where it is."""
+    store = RunStore(config.run)
+    write = write_rollout_report if store.exists(CELLS) else write_report
+    return {"report": write(store)}
 
 
 def with_run(argv: Sequence[str]) -> list[str]:

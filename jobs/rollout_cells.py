@@ -15,6 +15,7 @@ from counterpoint.environments.episode import Episode
 from counterpoint.environments.running import Scripted
 from counterpoint.selection.config import SelectionConfig
 
+CELLS = "cells"
 KEPT = tuple(f.name for f in fields(Episode) if f.name not in ("trace", "frames"))
 """What of an episode is stored in its cell."""
 Row = dict[str, Any]
@@ -101,7 +102,7 @@ class CellLog:
         Raises ValueError if the store holds the cell made with something else.
         """
         self.store, self.cell, self.made_with = store, cell, json.loads(json.dumps(made_with))
-        self.name, self.growing = f"cells/{cell.path}.jsonl", f"cells/{cell.path}.unfinished.jsonl"
+        self.name, self.growing = f"{CELLS}/{cell.path}.jsonl", f"{CELLS}/{cell.path}.unfinished.jsonl"
         rows = read_metrics(store, self.growing) or read_metrics(store, self.name)
         self.result = CellResult(cell)
         if rows:

@@ -230,7 +230,7 @@ def test_workers_and_samplers_play_the_same_episodes(
     ray_cluster: Any, compared: tuple[RolloutConfig, dict[str, Any]], tmp_path: Path
 ) -> None:
     here = compared[0]
-    changes = {"count": 2, "cpus_per_worker": 0.5, "environments": 2}
+    changes = {"count": 1, "cpus_per_worker": 0.5, "environments": 2}
     config = configured(
         tmp_path,
         policies=[{"name": "base", "run": here.policies[0].run}],

@@ -9,6 +9,7 @@ from rollout_parts import GREEDY, RANDOM, SPACE, TEXT, decision, episode, frames
 from test_report import Page
 
 from cluster.storage import RunStore
+from jobs import report
 from jobs.config import dump_config
 from jobs.rollout_cells import Cell
 from jobs.rollout_report import write_rollout_report
@@ -144,6 +145,16 @@ def test_the_table_and_the_headline_are_of_the_same_counts(tmp_path: Path) -> No
     assert (headline["greedy_success_rate"], headline["random_success_rate"]) == (0.5, 0.0)
     assert (headline["expert_success_rate"], headline["set_aside"]) == (1.0, 1)
     assert headline["episodes"] == EPISODES * 14
+
+
+def test_the_report_can_be_written_again(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    store = written(config, results(config))
+    store.write_text("cells/base-0/greedy.jsonl", "")
+    before = store.read_text("report.html")
+    store.delete("report.html")
+    assert report.main(report.ReportConfig(run=config.run)) == {"report": str(tmp_path / "report.html")}
+    assert store.read_text("report.html") == before
 
 
 def test_a_run_without_films_traces_or_successes_has_a_report_too(tmp_path: Path) -> None:
