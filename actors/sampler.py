@@ -83,7 +83,7 @@ def load_policy(uri: str) -> "PolicyBundle":
 
 
 @functools.lru_cache(maxsize=1)
-def _kept_policy(uri: str) -> "PolicyBundle":
+def _kept_policy(uri: str, visit: str) -> "PolicyBundle":
     return load_policy(uri)
 
 
@@ -95,11 +95,13 @@ class LocalSampler:
     """URI of the policy's run."""
     seed: int = 0
     """Seed of the candidates."""
+    visit: str = ""
+    """Names the use that is made of it: another use loads the policy again, which may have been replaced."""
 
     @property
     def action_space(self) -> ActionSpace:
         """The policy's."""
-        return _kept_policy(self.policy).action_space
+        return _kept_policy(self.policy, self.visit).action_space
 
     def act(
         self, observations: Sequence[Observation], streams: Sequence[Stream], selection: SelectionConfig,
@@ -108,11 +110,11 @@ class LocalSampler:
         """Return a decision per observation; raises ValueError, in one line, for one that does not fit."""
         from counterpoint.selection.choice import decide
 
-        return decide(_kept_policy(self.policy), observations, streams, selection, self.seed)
+        return decide(_kept_policy(self.policy, self.visit), observations, streams, selection, self.seed)
 
     def check(self, observation_space: ObservationSpace, action_space: ActionSpace) -> None:
         """Raise ValueError, in one line, unless an environment of these spaces suits the policy."""
-        check_environment(_kept_policy(self.policy), observation_space, action_space)
+        check_environment(_kept_policy(self.policy, self.visit), observation_space, action_space)
 
 
 @dataclass(frozen=True)

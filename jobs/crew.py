@@ -47,7 +47,11 @@ class Stage:
         """
         with contextlib.ExitStack() as stack:
             here = self.places is None or self.samplers.count == 0
-            sampler = LocalSampler(uri, seed) if here else stack.enter_context(self._hosted(uri, seed))
+            sampler: Sampler
+            if here:
+                sampler = LocalSampler(uri, seed, uuid.uuid4().hex)
+            else:
+                sampler = stack.enter_context(self._hosted(uri, seed))
             sampler.check(*self.crew.spaces())
             yield sampler
 

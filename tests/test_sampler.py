@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import ray
-from toy_environment import OBSERVATION_SPACE, SPACE
+from toy_environment import OBSERVATION_SPACE, SPACE, ToySampler
 from toy_policy import LONGEST, observations, save_toy_policy, toy_bundle
 
 from actors.sampler import (
@@ -160,6 +160,15 @@ def test_a_fitting_environment_may_have_more(sampler):
     check_environment(sampler.bundle, OBSERVATION_SPACE, SPACE.model_copy(update={"horizon": 9}))
 
 
+def test_another_use_of_a_run_loads_its_policy_again(tmp_path):
+    first = LocalSampler(save_toy_policy(tmp_path), SEED, "first")
+    before = first.act(observations(2), streams(2), LIKELIHOOD)
+    toy_bundle(seed=1).save(tmp_path / "policy")
+    check_same(first.act(observations(2), streams(2), LIKELIHOOD), before)
+    after = replace(first, visit="second").act(observations(2), streams(2), LIKELIHOOD)
+    assert [one.tokens for one in after] != [one.tokens for one in before]
+
+
 def test_a_run_without_a_policy_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no policy: give the URI of a finished run"):
         load_policy(str(tmp_path))
@@ -207,15 +216,8 @@ def test_callers_wait_for_a_killed_sampler_and_get_the_same(actor, run):
     assert get(actor.pid.remote(), timeout=LONG, what="pid") != pid
 
 
-class Mortal:
-    """Stands in for a sampler that is gone for good."""
-
-    def act(self, observations, streams, selection):
-        return []
-
-
 def test_a_sampler_that_does_not_come_back_is_given_up(ray_cluster):
-    gone = ray.remote(Mortal).options(num_cpus=0.1).remote()
+    gone = ray.remote(ToySampler).options(num_cpus=0.1).remote()
     ready({"sampler-0": gone}, timeout=120.0, what="sampler")
     ray.kill(gone)
     with pytest.raises(ray.exceptions.RayActorError):
