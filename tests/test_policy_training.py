@@ -90,8 +90,9 @@ def test_the_policy_sees_the_average_of_vision_which_is_part_of_the_weights() ->
     one = trainer()
     for step in range(3):
         one.step(step)
+    statistics = {"vision.mean", "vision.std"}
     average = {
-        name: x for name, x in one.weights().items() if name.startswith("vision.") and "coord" not in name
+        name: x for name, x in one.weights().items() if name.startswith("vision.") and name not in statistics
     }
     for step in range(3, 6):
         one.step(step)
@@ -103,9 +104,11 @@ def test_the_policy_sees_the_average_of_vision_which_is_part_of_the_weights() ->
         known = fresh.encode(inputs_of(DATA))
     for name, x in one.known.items():
         torch.testing.assert_close(known[name], x, atol=1e-5, rtol=1e-5)
-    found = torch.cat([known[name][..., :2].flatten(0, 1) for name in ("pointer", "null_pointer", "slots")])
-    torch.testing.assert_close(found.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.std(0), torch.ones(2), atol=1e-3, rtol=0)
+    found = torch.cat([known[name].flatten(0, 1) for name in ("pointer", "null_pointer", "slots")])
+    torch.testing.assert_close(found.mean(0), torch.zeros(50), atol=1e-4, rtol=0)
+    variance = found.var(0, correction=0)
+    torch.testing.assert_close(variance[:2], torch.ones(2), atol=1e-3, rtol=0)
+    assert float(variance[2:].sum()) == pytest.approx(1, abs=1e-3)
     np.testing.assert_allclose(weights["state_mean"], DATA.states.mean(0), rtol=1e-5)
     np.testing.assert_allclose(weights["state_std"][:2], DATA.states.std(0)[:2], rtol=1e-5)
     assert weights["state_std"][2] == 1  # an entry that never varies

@@ -18,6 +18,8 @@ from counterpoint.policies.vision import PatchVision, PointerVision, VisionConfi
 from counterpoint.section import Section
 from counterpoint.seeds import seed_of
 
+COORDINATE_GAIN = 4.0
+
 
 class CompactConfig(Section):
     """Size of a compact policy, and what it is told."""
@@ -185,6 +187,9 @@ class CompactPolicy(nn.Module):
         if config.vision.kind == "pointer":
             self.vision = PointerVision(config.vision, self.words_vocabulary if text else 0)
             self.project = nn.Linear(self.vision.width, hidden)
+            # Beside the places' embeddings coordinates must be loud enough to be learnt from before the
+            # pictures are learnt by heart, yet not so loud that normalisation drops how large they are.
+            self.project.weight.data[:, :2] *= COORDINATE_GAIN
             images = cameras * (config.vision.keypoints + text)
         else:
             self.vision = PatchVision(config.vision, hidden, size)

@@ -168,11 +168,9 @@ class PolicyTrainer:
             load_weights(self.policy, self.weights())
             self._enter("policy")
         if isinstance(self.policy.vision, PointerVision):
-            self.policy.vision.standardise(torch.zeros(2), torch.ones(2))
             self._remember()
-            found = torch.cat([self.known[name][..., :2].flatten(0, 1) for name in _found(self.known)])
-            std, mean = torch.std_mean(found, 0)
-            self.policy.vision.standardise(mean, std)
+            found = [self.known[name].flatten(0, 1) for name in _found(self.known)]
+            self.policy.vision.standardise(torch.cat(found))
         self._remember()
 
     @torch.no_grad()

@@ -68,10 +68,10 @@ class PointerVision(nn.Module):
         self.null = nn.Parameter(torch.randn(1, last)) if words else None
         self.width = 2 + last
         """Numbers per query in `describe`."""
-        self.coordinate_mean: Tensor
-        self.coordinate_std: Tensor
-        self.register_buffer("coordinate_mean", torch.zeros(2))
-        self.register_buffer("coordinate_std", torch.ones(2))
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(self.width))
+        self.register_buffer("std", torch.ones(self.width))
 
     def forward(self, images: Tensor, words: Tensor | None) -> Looks:
         """Look at `images` uint8 [B,cameras,H,W,3] with `words` int64 [B,named,W], None without text."""
@@ -90,13 +90,19 @@ class PointerVision(nn.Module):
 
     def describe(self, looks: Looks) -> Tensor:
         """Return standardised coordinates and features as one vector per query [B,cameras,Q,2+C]."""
-        coordinates = (looks.coordinates - self.coordinate_mean) / self.coordinate_std
-        return torch.cat([coordinates, looks.features], -1)
+        found = torch.cat([looks.coordinates, looks.features], -1)
+        return (found - self.mean) / self.std
 
-    def standardise(self, mean: Tensor, std: Tensor) -> None:
-        """Take the mean and standard deviation of the training data's coordinates [2]."""
-        self.coordinate_mean.copy_(mean)
-        self.coordinate_std.copy_(std)
+    def standardise(self, found: Tensor) -> None:
+        """Standardise from now on what `describe` has `found` in the training data [n,2+C].
+
+        Coordinates get unit variance each, and features together as much as one of them: what a thing looks
+        like must not drown where it is.
+        """
+        variance, mean = torch.var_mean(found, 0, correction=0)
+        variance[2:] = variance[2:].sum()
+        self.mean.add_(self.std * mean)
+        self.std.mul_(variance.clamp_min(1e-12).sqrt())
 
     def _queries(self, batch: int, words: Tensor | None) -> Tensor:
         """Named ones by the mean of their words, null, slots [B,Q,C]."""
