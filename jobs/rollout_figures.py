@@ -30,40 +30,30 @@ def rate_figures(episodes: Iterable[Episode]) -> Row:
 
 
 def cell_figures(results: Sequence[CellResult]) -> Row:
-    """Return the figures of one policy under one rule, pooled over its training seeds.
+    """Return the figures of one policy under one rule, pooled over training seeds and, in `seeds`, of each.
 
     Pooled intervals take all episodes for independent, and they are not: training seeds share initial states.
     So `mean` is given too, over training seeds, with Student's 95 % interval between them.
     """
     cell = results[0].cell
+    seeds = [{"training_seed": result.cell.training_seed, **_pooled([result])} for result in results]
+    mean, low, high = mean_interval([seed["rate"] for seed in seeds if seed["rate"] is not None])
+    between = {"mean": mean, "mean_low": low, "mean_high": high}
+    return {"policy": cell.policy, "rule": cell.rule, **_pooled(results), **between, "seeds": seeds}
+
+
+def _pooled(results: Sequence[CellResult]) -> Row:
     episodes = [episode for result in results for episode in result.episodes.values()]
-    session = sum((result.session for result in results), Session())
-    rates = [
-        float(rate)
-        for result in results
-        if (rate := rate_figures(result.episodes.values())["rate"]) is not None
-    ]
-    mean, low, high = mean_interval(rates)
-    decisions = sum(episode.decisions for episode in episodes)
     return {
-        "policy": cell.policy,
-        "rule": cell.rule,
         **rate_figures(episodes),
-        "seeds": [
-            {"training_seed": result.cell.training_seed, **rate_figures(result.episodes.values())}
-            for result in results
-        ],
-        "mean": mean,
-        "mean_low": low,
-        "mean_high": high,
         "mean_steps": statistics.fmean(e.steps for e in episodes) if episodes else None,
         "outcomes": dict(Counter(e.outcome for e in episodes if not e.success).most_common()),
-        "decisions": decisions,
+        "decisions": sum(e.decisions for e in episodes),
         "rejected": sum(e.rejected for e in episodes),
         "fallbacks": sum(e.fallbacks for e in episodes),
         "clipped": sum(e.clipped for e in episodes),
         "set_aside": sum(len(result.set_aside) for result in results),
-        **speed_figures(session),
+        **speed_figures(sum((result.session for result in results), Session())),
     }
 
 

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import imageio.v3 as iio
@@ -92,29 +92,25 @@ def confidence_bars(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _panel(decision: Mapping[str, Any], space: ActionSpace, dimension: int, left: float) -> Markup:
     low, high = space.low[dimension], space.high[dimension]
-    candidates: Sequence[Any] = decision["candidates"] or [decision["actions"]]
-    chosen = decision["chosen"] if decision["candidates"] else 0
-    lines = [
-        Markup(
-            '<text x="{}" y="9">{}</text><rect x="{}" y="{}" width="{}" height="{}"/>'
-        ).format(left, space.names[dimension], left, TITLE, PANEL_WIDTH, PANEL_HEIGHT)
-    ]  # fmt: skip
-    order = sorted(range(len(candidates)), key=lambda i: i == chosen)
-    for i in order:
-        if not _whole(candidates[i]):
-            continue
-        chunk = [step[dimension] for step in candidates[i]]
-        points = " ".join(
-            f"{left + PANEL_WIDTH * (t + 0.5) / len(chunk):.1f},"
-            f"{TITLE + PANEL_HEIGHT * (0.95 - 0.9 * (value - low) / (high - low)):.1f}"
-            for t, value in enumerate(chunk)
+    chunks: list[tuple[str, Any]] = [
+        (_colour(i, len(decision["candidates"])), chunk) for i, chunk in enumerate(decision["candidates"])
+    ]
+    kept = chunks.pop(decision["chosen"]) if decision["chosen"] >= 0 else ("ink", decision["actions"])
+    drawn = [
+        Markup('<text x="{}" y="9">{}</text><rect x="{}" y="{}" width="{}" height="{}"/>').format(
+            left, space.names[dimension], left, TITLE, PANEL_WIDTH, PANEL_HEIGHT
         )
-        lines.append(
-            Markup('<polyline class="{}" style="stroke: var(--{})" points="{}"/>').format(
-                "kept" if i == chosen else "other", _colour(i, len(candidates)), points
+    ]
+    for kind, (colour, chunk) in [*(("other", other) for other in chunks), ("kept", kept)]:
+        if _whole(chunk):
+            points = " ".join(
+                f"{left + PANEL_WIDTH * (t + 0.5) / len(chunk):.1f},"
+                f"{TITLE + PANEL_HEIGHT * (0.95 - 0.9 * (step[dimension] - low) / (high - low)):.1f}"
+                for t, step in enumerate(chunk)
             )
-        )
-    return Markup("").join(lines)
+            line = '<polyline class="{}" style="stroke: var(--{})" points="{}"/>'
+            drawn.append(Markup(line).format(kind, colour, points))
+    return Markup("").join(drawn)
 
 
 def _colour(candidate: int, candidates: int) -> str:

@@ -54,6 +54,8 @@ def test_pooled_figures_are_counted() -> None:
     assert row["ms_per_decision"] == pytest.approx(600.0 / 54)
     assert row["sampler_ms_per_decision"] == pytest.approx(1800.0 / 54)
     assert row["mean_batch_size"] == pytest.approx(54 / (24 // 12 + 30 // 12))
+    each = [(seed["training_seed"], seed["successes"], seed["mean_steps"]) for seed in row["seeds"]]
+    assert each == [(0, 2, (2 * 22 + 48) / 3), (1, 1, (22 + 2 * 48) / 3)]
     spread = stats.t.interval(0.95, 1, loc=0.5, scale=stats.sem([2 / 3, 1 / 3]))
     assert (row["mean"], row["mean_low"], row["mean_high"]) == pytest.approx((0.5, *spread))
 

@@ -91,3 +91,5 @@ def test_bars_and_lines_tell_which_candidate_was_kept(tmp_path: Path) -> None:
     drawn = draw_candidates(told, SPACE)
     assert drawn.count("<polyline") == 3 * SPACE.dimensions
     assert drawn.count('class="kept"') == SPACE.dimensions
+    fallback = draw_candidates(told | {"chosen": -1}, SPACE)
+    assert fallback.count('class="kept" style="stroke: var(--ink)"') == SPACE.dimensions
