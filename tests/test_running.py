@@ -188,7 +188,10 @@ def test_demonstrations_execute_noise_and_record_the_expert():
     recordings = [demonstrate(Noting(), seed, noise=0.12) for seed in range(200)]
     frames = [frame for recording in recordings for frame in recording.frames]
     assert len(frames) == len(executed)
-    assert all((frame.action == clean.astype(np.float32)).all() for frame, (clean, _) in zip(frames, executed, strict=True))
+    assert all(
+        (frame.action == clean.astype(np.float32)).all()
+        for frame, (clean, _) in zip(frames, executed, strict=True)
+    )
     # The expert stays three deviations from the bounds, so the noise shows as it is.
     difference = np.array([action - clean for clean, action in executed])
     assert difference.std(0) == pytest.approx([0.12, 0.24], rel=0.15)
