@@ -5,12 +5,15 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
+
 from actors.sampler import POLICY, check_environment, load_policy
 from cluster.storage import RunStore
 from counterpoint.policies.policy import check_mask
 from jobs import train_policy
+from jobs.collect import CollectConfig
 from jobs.rollout_settings import PolicyArm, RolloutConfig
-from jobs.runs import CONFIG
+from jobs.runs import CONFIG, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ def train_missing(config: RolloutConfig) -> None:
     for arm, seed in _trainings(config):
         bundle = load_policy(arm.uri(seed))
         check_environment(bundle, observations, actions)
+        check_unseen(config, arm, seed)
         for rule in config.rules_of(arm.name):
             check_mask(rule.selection.mask or "none", bundle.policy.conditions)
 
@@ -55,6 +59,28 @@ def fingerprint(uri: str) -> str:
     for name in store.list(POLICY):
         digest.update(name.encode() + b"\0" + hashlib.sha256(store.read_bytes(name)).digest())
     return digest.hexdigest()[:16]
+
+
+def check_unseen(config: RolloutConfig, arm: PolicyArm, seed: int | None) -> None:
+    """Raise ValueError if a policy learned from episodes or scenes on which it would be played.
+
+    A policy whose training or demonstrations are no longer there is not checked.
+    """
+    store = RunStore(arm.uri(seed))
+    trained = yaml.safe_load(store.read_text(CONFIG)) if store.exists(CONFIG) else {}
+    demonstrations = RunStore(trained.get("demonstrations", arm.uri(seed)))
+    if demonstrations.uri == store.uri or not demonstrations.exists(CONFIG):
+        return
+    seen: CollectConfig = read_config(demonstrations, CollectConfig)
+    for what, first, count in (
+        ("demonstrations", seen.first_seed, seen.episodes),
+        ("scenes", seen.first_scene_seed, seen.scenes),
+    ):
+        if first < config.seeds.stop and config.seeds.start < first + count:
+            raise ValueError(
+                f"first_seed={config.first_seed}: {config.episodes} episodes from there meet the {what} of "
+                f"seeds {first} to {first + count - 1} that {arm.name} learned from: choose another"
+            )
 
 
 def _trainings(config: RolloutConfig) -> Iterator[tuple[PolicyArm, int | None]]:

@@ -73,8 +73,9 @@ class RolloutConfig(Section):
     refused."""
     seed: int = 0
     """Seed of the candidates' random numbers; with an episode's seed it names those of a decision."""
-    first_seed: int = Field(default=1_000_000, ge=0)
-    """Environment seed of the first episode. Keep away from the seeds of demonstrations."""
+    first_seed: int = Field(default=20_000_000, ge=0)
+    """Environment seed of the first episode; the others follow one by one. Seeds that a policy has learned
+    from, as demonstrations or as scenes, are refused."""
     episodes: int = Field(default=200, ge=1)
     """Episodes of each policy under each rule; all have the same environment seeds."""
     split: str = ""

@@ -14,9 +14,11 @@ from cluster.storage import RunStore
 from counterpoint.environments.config import EnvironmentConfig
 from counterpoint.policies.compact import CompactConfig
 from counterpoint.seeds import seed_of
-from jobs import rollout, rollout_play, train_policy
+from jobs import rollout, rollout_play, rollout_policies, train_policy
 from jobs.bench_rollout import RolloutBenchConfig, untrained_policy
 from jobs.bench_rollout import main as bench
+from jobs.collect import CollectConfig
+from jobs.config import dump_config
 from jobs.rollout_settings import RolloutConfig
 from jobs.runs import read_results
 
@@ -216,6 +218,22 @@ def test_what_cannot_be_played_is_refused_in_one_line(
         rollout.main(configured(policies, **changes))
     assert "\n" not in str(raised.value)
     assert not RunStore(str(policies / "run")).exists("cells")
+
+
+@pytest.mark.parametrize(
+    ("first", "what"), [(37, "demonstrations"), (1_000_005, "scenes"), (97, "demonstrations")]
+)
+def test_a_policy_is_not_played_on_what_it_learned_from(policies: Path, first: int, what: str) -> None:
+    demonstrations = CollectConfig(run=str(policies / "demos"), first_seed=40, episodes=60, scenes=9)
+    RunStore(demonstrations.run).write_text("config.yaml", dump_config(demonstrations))
+    trained = train_policy.PolicyTrainConfig(run=str(policies / "policy"), demonstrations=demonstrations.run)
+    RunStore(trained.run).write_text("config.yaml", dump_config(trained))
+    with pytest.raises(
+        ValueError, match=f"first_seed={first}: 4 episodes from there meet the {what} of seeds"
+    ):
+        rollout_policies.train_missing(configured(policies, first_seed=first))
+    for beside in (36, 100):
+        rollout_policies.train_missing(configured(policies, first_seed=beside))
 
 
 def test_a_policy_that_was_trained_anew_is_not_mixed_with_the_old_one(policies: Path) -> None:
