@@ -148,3 +148,15 @@ def tiny_run(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str
     run = tmp_path_factory.mktemp("student") / "run"
     distill.main(distill_config(run, tiny_teacher))
     return str(run)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The storage URI of a finished policy's run, trained for a few steps on a few demonstrations."""
+    from tiny_policies import policy_config
+
+    from jobs import train_policy
+
+    folder = tmp_path_factory.mktemp("policy")
+    train_policy.main(policy_config(folder / "run", folder / "demos"))
+    return str(folder / "run")
