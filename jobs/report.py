@@ -23,6 +23,7 @@ from jobs.report_words import (
     STAGE_WORDS,
     aims,
     alarms,
+    count,
     duration,
     in_steps,
     number,
@@ -83,6 +84,8 @@ def _content(record: RunRecord) -> dict[str, Any]:
 
 
 def _title(record: RunRecord) -> str:
+    if record.is_policy:
+        return "A vision-language-action policy"
     what = "A one-step student" if record.is_student else "A diffusion teacher"
     return f"{what} of {record.source}" if record.source else what
 
@@ -93,11 +96,24 @@ def _sentence(text: Any) -> str:
 
 def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     """Return (name, figure, remark) of the figures that are shown large."""
+    if record.is_policy:
+        return _policy_tiles(record)
     who, steps = ("student", 1) if record.is_student else max(record.scores, default=("teacher", 0))
     row = record.scores.get((who, steps), {})
     figures = {"Frechet distance": number(row.get("fd"))}
     figures |= {name: share(row.get(name)) for name in ("recall", "precision", "accuracy")}
     tiles = [(name, text, f"{who}, {in_steps(steps)}") for name, text in figures.items() if row]
+    seconds = _seconds(record)
+    return tiles + ([("time", duration(sum(seconds.values())), ", ".join(seconds))] if seconds else [])
+
+
+def _policy_tiles(record: RunRecord) -> list[tuple[str, str, str]]:
+    headline = record.results.get("headline") or {}
+    errors = [row["perception_error"] for row in record.metrics if row.get("perception_error") is not None]
+    tiles = [("token accuracy", share(headline.get("token_accuracy")), "last batch of the training data")]
+    if errors:
+        tiles.append(("perception error", f"{number(errors[-1])} px", "median of perception's last batch"))
+    tiles += [(name, count(headline.get(name)), "") for name in ("episodes", "frames", "parameters")]
     seconds = _seconds(record)
     return tiles + ([("time", duration(sum(seconds.values())), ", ".join(seconds))] if seconds else [])
 

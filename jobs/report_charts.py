@@ -17,6 +17,8 @@ def training_charts(record: RunRecord) -> list[Chart]:
         lambda r: _curves(r, "Training loss", {"loss": "loss"}, log=True),
         lambda r: _curves(r, "Regression on the teacher's pairs", {"regression_loss": "loss"}, log=True),
         lambda r: _curves(r, "Against the panel", {"critic_loss": "critics", "adversarial_loss": "student"}),
+        lambda r: _curves(r, "Token accuracy", {"token_accuracy": "share"}),
+        lambda r: _curves(r, "Perception error", {"perception_error": "pixels"}, log=True),
         lambda r: _scores(r, "fd", "Frechet distance over training", log=True),
         lambda r: _scores(r, "recall", "Recall over training"),
         lambda r: None if r.is_student else _curves(r, "Learning rate", {"learning_rate": "rate"}),

@@ -87,7 +87,12 @@ class RunRecord:
     @cached_property
     def is_student(self) -> bool:
         """Whether the run distilled, rather than trained, a model."""
-        return bool(self.stages) or any(key[0] == "student" for key in self.scores)
+        return (bool(self.stages) and not self.is_policy) or any(key[0] == "student" for key in self.scores)
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether the run trained a robot's policy."""
+        return self.config.get("learner") == "policy"
 
     @cached_property
     def scores(self) -> dict[tuple[str, int], Row]:

@@ -226,9 +226,12 @@ def _learning(record: RunRecord) -> str:
     losses = [row["loss"] for row in record.metrics if isinstance(row.get("loss"), float)]
     if record.is_student or not losses:
         return ""
+    if record.is_policy:
+        # Perception's loss, which comes first, measures something else.
+        losses = [row["loss"] for row in record.metrics if row.get("stage") == "policy"] or losses
     tenth = max(1, len(losses) // 10)
     first, last = number(float(np.mean(losses[:tenth]))), number(float(np.mean(losses[-tenth:])))
-    return f"Its training loss went from {first} to {last} in {record.metrics[-1]['step']:,} steps."
+    return f"Its training loss went from {first} to {last} in {len(losses):,} steps."
 
 
 def _alarms(record: RunRecord) -> str:
