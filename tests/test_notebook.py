@@ -25,8 +25,9 @@ from cluster.storage import RunStore
 from counterpoint.environments.config import EnvironmentConfig, build_environment
 from counterpoint.environments.episode import Episode
 from counterpoint.environments.running import Runner
+from counterpoint.policies.observation import Observation
 from counterpoint.selection.config import SelectionConfig
-from counterpoint.selection.decision import Stream
+from counterpoint.selection.decision import Decision, Stream
 from counterpoint.selection.decoding import predraw
 from counterpoint.selection.naive import sample_candidates_naively
 from jobs import distill
@@ -146,27 +147,48 @@ def test_a_run_without_a_panel_is_refused_in_words(
 def test_the_notebook_shows_why_an_action_is_chosen(acting: Session) -> None:
     assert len(outputs(acting.notebook, "image/png")) >= 7
     assert not [o for cell in acting.notebook.cells for o in cell.get("outputs", []) if "text" in o]
-    tables = "\n".join(outputs(acting.notebook, "text/markdown"))
-    for rule, expected in confidences_of(acting.run).items():
-        (line,) = re.findall(rf"\| {rule} \| (.*\d.*) \| (\d) \|", tables)
+    said = "\n".join(outputs(acting.notebook, "text/markdown"))
+    episode, observations = played(acting.run)
+    assert f"{episode.instruction}: **{episode.outcome}** after {episode.steps} steps" in said
+    assert f"{episode.decisions} decisions; {episode.rejected} candidates" in said
+    beginnings = [len({tokens[:4] for tokens in decision.tokens}) for decision in episode.trace]
+    k = int(np.argmax(beginnings))
+    row = [f"**{n}**" if i == k else str(n) for i, n in enumerate(beginnings)]
+    assert f"| different beginnings | {' | '.join(row)} |" in said
+    for rule, expected in confidences_of(acting.run, observations[k], k).items():
+        (line,) = re.findall(rf"\| {rule} \| (.*\d.*) \| (\d) \|", said)
         values = [float(value.strip("* ")) for value in line[0].split("|")]
         np.testing.assert_allclose(values, expected, atol=2e-3)
         assert int(line[1]) == np.argmax(expected) + 1
         assert line[0].split(" | ")[np.argmax(expected)].startswith("**")
-        (same, difference) = re.findall(rf"\| {rule} \| (the same|different) \| ([\d.e+-]+) \|", tables)[0]
+        ((same, difference),) = re.findall(rf"\| {rule} \| (the same|different) \| ([\d.e+-]+) \|", said)
         assert same == "the same"
         assert float(difference) < 1e-4
-    assert float(re.findall(r"differ from those that decided by at most ([\d.e+-]+)\.", tables)[0]) < 1e-4
+    (difference,) = re.findall(r"differ from those that decided by at most ([\d.e+-]+)\.", said)
+    assert float(difference) < 1e-4
 
 
-def confidences_of(run: str) -> dict[str, np.ndarray]:
-    """Each rule's confidences of the first decision's candidates, from logits without any cache, by scipy."""
+def played(run: str) -> tuple[Episode, list[Observation]]:
+    """The episode as a rollout plays it, and what its policy was shown."""
+    text = SelectionConfig(rule="masked_condition", mask="text")
+    sampler, observations = LocalSampler(run), list[Observation]()
+
+    def choose(seen: list[Observation], streams: list[Stream]) -> list[Decision]:
+        observations.extend(seen)
+        return sampler.act(seen, streams, text)
+
+    runner = Runner(lambda: build_environment(EnvironmentConfig()))
+    (episode,) = runner.run([SEED], choose, traced=[SEED])
+    runner.close()
+    assert isinstance(episode, Episode)
+    return episode, observations
+
+
+def confidences_of(run: str, observation: Observation, k: int) -> dict[str, np.ndarray]:
+    """Each rule's confidences of a decision's candidates, from logits without any cache, by scipy."""
     bundle = load_policy(run)
-    policy = bundle.policy
-    environment = build_environment(EnvironmentConfig())
-    inputs = bundle.prepare([environment.start(SEED)])
-    environment.close()
-    uniforms = predraw([Stream(SEED, 0)], 0, 4, policy.max_tokens)
+    policy, inputs = bundle.policy, bundle.prepare([observation])
+    uniforms = predraw([Stream(SEED, k)], 0, 4, policy.max_tokens)
     tokens = sample_candidates_naively(policy, inputs, uniforms, SelectionConfig(rule="random")).tokens[0]
     told = {name: tensor.repeat_interleave(4, 0) for name, tensor in policy.encode(inputs).items()}
     with torch.no_grad():
@@ -181,18 +203,6 @@ def confidences_of(run: str) -> dict[str, np.ndarray]:
     found["self-certainty"] = entropy(np.full_like(first, 1 / first.shape[-1]), first, axis=-1).sum(-1)
     drawn = np.take_along_axis(log_softmax(full, -1), tokens.numpy()[..., None], -1)
     return found | {"likelihood": drawn.sum((1, 2))}
-
-
-def test_the_notebook_plays_the_episode_that_a_rollout_plays(acting: Session) -> None:
-    text = SelectionConfig(rule="masked_condition", mask="text")
-    sampler = LocalSampler(acting.run)
-    runner = Runner(lambda: build_environment(EnvironmentConfig()))
-    (episode,) = runner.run([SEED], lambda seen, streams: sampler.act(seen, streams, text))
-    runner.close()
-    assert isinstance(episode, Episode)
-    said = "\n".join(outputs(acting.notebook, "text/markdown"))
-    assert f"{episode.instruction}: **{episode.outcome}** after {episode.steps} steps" in said
-    assert f"{episode.decisions} decisions; {episode.rejected} candidates" in said
 
 
 def test_a_run_without_a_policy_is_refused_in_words(acting: Session, tmp_path: Path) -> None:
