@@ -52,6 +52,7 @@ def _pooled(results: Sequence[CellResult]) -> Row:
         "rejected": sum(e.rejected for e in episodes),
         "fallbacks": sum(e.fallbacks for e in episodes),
         "clipped": sum(e.clipped for e in episodes),
+        "tied_share": _ratio(sum(e.tied for e in episodes), sum(e.decisions for e in episodes)),
         "set_aside": sum(len(result.set_aside) for result in results),
         **speed_figures(sum((result.session for result in results), Session())),
     }

@@ -1,6 +1,6 @@
 """Episodes are the same next to any others, and what goes wrong in one stays in it."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -85,6 +85,19 @@ def test_the_oracle_keeps_the_choice_where_no_candidate_can_be_used():
     (episode,) = Runner(toy()).run([3], fallback, oracle=True, traced=[3])
     assert episode.fallbacks == episode.decisions == 6
     assert all((made.actions == 0).all() for made in episode.trace)
+
+
+@pytest.mark.parametrize(
+    ("confidences", "tied"),
+    [((2.0, 2.0), True), ((2.0, 2.5), False), ((np.nan, np.nan), False), ((2.0,), False)],
+)
+def test_decisions_that_leave_nothing_to_choose_are_counted(confidences, tied):
+    def equal(observations, streams):
+        made = decision(np.zeros((3, 2)), np.zeros((len(confidences), 3, 2)))
+        return [replace(made, confidences=np.array(confidences)) for _ in observations]
+
+    (episode,) = Runner(toy()).run([3], equal)
+    assert episode.tied == (episode.decisions if tied else 0)
 
 
 def test_execute_may_be_another_than_the_environments():

@@ -78,6 +78,8 @@ class Episode:
     """Decisions in which no candidate could be decoded."""
     clipped: int
     """Entries of executed actions that had to be clipped."""
+    tied: int = 0
+    """Decisions that left nothing to choose: several candidates, all of the same confidence."""
     trace: tuple[Decision, ...] = ()
     """Every decision, where asked for."""
     frames: np.ndarray | None = None

@@ -68,6 +68,7 @@ class _Run:
     rejected: int = 0
     fallbacks: int = 0
     clipped: int = 0
+    tied: int = 0
     trace: list[Decision] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
     last: Step | None = None
@@ -83,8 +84,8 @@ class _Run:
         said = self.last.outcome if self.last is not None else ""
         return Episode(
             self.seed, self.observation.instruction, success, "success" if success else said or "time is up",
-            self.steps, self.decisions, self.rejected, self.fallbacks, self.clipped, tuple(self.trace),
-            np.stack(self.frames) if self.frames else None,
+            self.steps, self.decisions, self.rejected, self.fallbacks, self.clipped, self.tied,
+            tuple(self.trace), np.stack(self.frames) if self.frames else None,
         )  # fmt: skip
 
 
@@ -261,6 +262,10 @@ def _count(run: _Run, decision: Decision, traced: bool) -> None:
     run.rejected += decision.rejected
     run.fallbacks += decision.chosen < 0
     run.clipped += decision.clipped
+    # A confidence is compared with itself too: NaN, which a rule without confidences has, never ties.
+    run.tied += len(decision.confidences) > 1 and bool(
+        (decision.confidences == decision.confidences[0]).all()
+    )
     if traced:
         run.trace.append(decision)
 
