@@ -14,6 +14,7 @@ WIDTH, ROW_INCHES, EDGE_INCHES = 8.4, 0.21, 0.75
 KINDS = {
     "baseline": "Against {rival}, same policy",
     "random": "Against random choice among as many candidates, same policy",
+    "likelihood": "Against the likeliest of as many candidates, same policy",
     "policy": "Against the policy {rival}, same rule",
 }
 

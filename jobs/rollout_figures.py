@@ -10,7 +10,7 @@ from scipy import stats
 
 from counterpoint.environments.episode import Episode
 from counterpoint.metrics.proportions import PairedDifference, holm, paired_difference, wilson
-from counterpoint.selection.config import SelectionConfig
+from counterpoint.selection.config import Rule, SelectionConfig
 from jobs.rollout_cells import CellResult, Session
 
 Row = dict[str, Any]
@@ -114,8 +114,9 @@ def comparison(ours: Sequence[CellResult], theirs: Sequence[CellResult]) -> Row 
 def comparisons(results: Results, baseline: str, rules: Mapping[str, SelectionConfig]) -> list[Row]:
     """Return every comparison that is shown, with `p_holm` over all of them.
 
-    Each rule against the baseline of the same policy and against random choice among as many candidates; each
-    policy after the first against the first under the same rule.
+    Each rule against the baseline of the same policy and against random choice among as many candidates;
+    masked conditions against likelihood, too; each policy after the first against the first under the same
+    rule.
     """
     policies = list(dict.fromkeys(policy for policy, _ in results))
     wanted: list[tuple[str, tuple[str, str], tuple[str, str]]] = []
@@ -123,8 +124,12 @@ def comparisons(results: Results, baseline: str, rules: Mapping[str, SelectionCo
         if rule not in rules:
             continue
         rivals = {"baseline": (policy, baseline)}
-        if control := random_control(rules[rule], rules):
+        if control := control_of(rules[rule], "random", rules):
             rivals["random"] = (policy, control)
+        if rules[rule].rule == "masked_condition" and (
+            likeliest := control_of(rules[rule], "likelihood", rules)
+        ):
+            rivals["likelihood"] = (policy, likeliest)
         if policy != policies[0]:
             rivals["policy"] = (policies[0], rule)
         wanted += [(kind, (policy, rule), rival) for kind, rival in rivals.items() if rival in results]
@@ -148,8 +153,8 @@ def comparisons(results: Results, baseline: str, rules: Mapping[str, SelectionCo
     return found
 
 
-def random_control(selection: SelectionConfig, rules: Mapping[str, SelectionConfig]) -> str | None:
-    """Return the rule that chooses at random among candidates sampled like those of `selection`, if any."""
+def control_of(selection: SelectionConfig, rule: Rule, rules: Mapping[str, SelectionConfig]) -> str | None:
+    """Return the name of the `rule` that chooses among candidates like those of `selection`, if any."""
     if selection.rule in ("greedy", "random"):
         return None
     same = ("candidates", "temperature")
@@ -157,7 +162,7 @@ def random_control(selection: SelectionConfig, rules: Mapping[str, SelectionConf
         (
             name
             for name, other in rules.items()
-            if other.rule == "random" and all(getattr(other, key) == getattr(selection, key) for key in same)
+            if other.rule == rule and all(getattr(other, key) == getattr(selection, key) for key in same)
         ),
         None,
     )

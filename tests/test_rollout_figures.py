@@ -11,9 +11,9 @@ from jobs.rollout_figures import (
     cell_figures,
     comparison,
     comparisons,
+    control_of,
     instruction_figures,
     mean_interval,
-    random_control,
 )
 
 RULES = {"greedy": GREEDY, "random-of-4": RANDOM, "text": TEXT}
@@ -130,6 +130,17 @@ def test_the_family_is_what_is_shown_and_nothing_is_shown_twice() -> None:
     assert sorted(row["p_holm"] for row in rows) == pytest.approx(holm)
 
 
+def test_masked_conditions_are_compared_with_likelihood_too() -> None:
+    rules = {"greedy": GREEDY, "text": TEXT, "likely": SelectionConfig(rule="likelihood")}
+    results = {
+        ("base", rule): [played(cell("base", 0, "text"), [True, False, index > 0])]
+        for index, rule in enumerate(rules)
+    }
+    kinds = {(row["kind"], row["rule"], row["against_rule"]) for row in comparisons(results, "greedy", rules)}
+    assert ("likelihood", "text", "likely") in kinds
+    assert len(kinds) == 3
+
+
 def test_random_as_the_baseline_is_not_compared_with_itself() -> None:
     rows = comparisons(two_policies(), "random-of-4", RULES)
     keys = [(r["policy"], r["rule"], r["against_policy"], r["against_rule"]) for r in rows]
@@ -148,7 +159,7 @@ def test_random_as_the_baseline_is_not_compared_with_itself() -> None:
     ],
 )
 def test_the_control_draws_the_same_candidates(selection: SelectionConfig, control: str | None) -> None:
-    assert random_control(selection, RULES) == control
+    assert control_of(selection, "random", RULES) == control
 
 
 def test_one_training_seed_has_no_interval() -> None:
