@@ -7,6 +7,7 @@ panel       the panel that trainers talk to, over such hosts
 recipe      what any process builds the same panel from
 feature_space   the network that figures are measured with, stored with the teacher
 trainers    what any worker builds its trainer from
+policies    the same for a policy's trainer, and the policy's bundle
 evaluation  workers that score snapshots of a student, each a shard
 batching    requests of many callers become few batches
 sampler     hosts of policies, which choose actions for many environments

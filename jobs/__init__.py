@@ -1,12 +1,13 @@
 """What `ray job submit` starts: one module a verb.
 
-train      a diffusion teacher
+train      a diffusion teacher, or a vision-language-action policy (train_policy)
 distill    a one- to four-step student of it, against a panel of critics
 collect    demonstrations of the scripted expert
+rollout    policies and rules of choosing actions on the same episodes (and what of it is in rollout_*)
 evaluate   figures of a finished run on held-out images
 sample     pictures from a finished run
 report     the report of a run, drawn again
-bench      ratios against named rivals: batched heads, the panel in actors
+bench      ratios against named rivals: batched heads, the panel in actors, decisions, rollouts
 demo       teacher, student, evaluation and report in one go
 ablate     arms of a study over seeds, and their table
 chaos      kills actors of a running demo and tells what became of it
