@@ -57,8 +57,8 @@ class SamplerBenchConfig(Section):
     """Where the policy is, such as cuda; the device is synchronised before the clock is read."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and activations; confidences are always float32."""
-    threads: int = Field(default=0, ge=0)
-    """Threads; 0 keeps torch's default."""
+    threads: int = Field(default=1, ge=0)
+    """Threads of the maths, by default as many as an action sampler has; 0 keeps torch's own default."""
 
     @model_validator(mode="after")
     def _check(self) -> "SamplerBenchConfig":
