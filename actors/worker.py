@@ -4,19 +4,22 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from actors.evaluation import EvaluationPool
 from cluster.checkpoints import latest_checkpoint, prune_checkpoints, save_checkpoint
 from cluster.metrics_log import MetricsLog
 from cluster.storage import RunStore, save_image
 from counterpoint.alarms import Watcher
 from counterpoint.grids import image_grid
 from counterpoint.place import Place
+
+if TYPE_CHECKING:
+    # Ray Train's controller imports this module too, and need not load what scores images.
+    from actors.evaluation import EvaluationPool
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ class LoopSpec:
     """Steps between snapshots offered to the evaluation workers; 0 offers none."""
     report: Report = silent
     """Takes the newest figures to whoever watches, and says whether to stop; asked on rank 0."""
-    evaluation: EvaluationPool | None = None
+    evaluation: "EvaluationPool | None" = None
     watch: Callable[[], Watcher] | None = None
     """Makes the watcher that looks at rank 0's figures after each step."""
 
