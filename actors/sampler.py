@@ -77,7 +77,7 @@ def load_policy(uri: str) -> "PolicyBundle":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = RunStore(uri)
     if not store.exists(POLICY):
-        raise ValueError(f"{uri} has no policy: give the URI of a finished run of jobs.train with learner=policy")
+        raise ValueError(f"{uri} has no policy: give the URI of a finished run that trained one")
     with store.local_folder(POLICY) as folder:
         return PolicyBundle.load(folder, device)
 
