@@ -34,12 +34,26 @@ class BatchStatistics:
         return BatchStatistics(**{name: mine[name] + theirs[name] for name in mine})
 
 
+@dataclass(frozen=True)
+class Batched(Generic[Answer]):
+    """The answers to a request's items, and what it took to compute them."""
+
+    answers: list[Answer]
+    queued_s: float = 0.0
+    """From the request's arrival until a batch with it was begun."""
+    compute_s: float = 0.0
+    """From there until its answers were known, neighbours included."""
+    batch_size: int = 0
+    """Items of the batch that gave the answers, neighbours' included."""
+
+
 @dataclass(eq=False)
 class _Request(Generic[Item, Answer]):
     key: Hashable
     items: Sequence[Item]
     arrived: float
-    answers: "Future[list[Answer]]" = field(default_factory=Future)
+    begun: float = 0.0
+    answers: "Future[Batched[Answer]]" = field(default_factory=Future)
 
 
 class Batcher(Generic[Item, Answer]):
@@ -76,20 +90,39 @@ class Batcher(Generic[Item, Answer]):
     ) -> list[Answer]:
         """Return the answers to `items`, computed together with others' items of an equal key.
 
-        Raises what `check` or `compute` raise for these items; TimeoutError after `timeout` seconds, and
+        Raises what `check` or `compute` raise for these items; TimeoutError after `timeout` seconds, upon
+        which they are no longer waited for, and RuntimeError if the batcher is closed.
+        """
+        asked = self.enqueue(items, key)
+        try:
+            return asked.result(timeout).answers
+        except TimeoutError:
+            asked.cancel()
+            raise
+
+    def enqueue(self, items: Sequence[Item], key: Hashable = None) -> "Future[Batched[Answer]]":
+        """Return at once what will hold the answers to `items`, or the error that they end in.
+
+        A request that is cancelled before its batch is begun is dropped. Raises what `check` raises, and
         RuntimeError if the batcher is closed.
         """
         if self.check is not None:
             self.check(items)
-        if not items:
-            return []
         request: _Request[Item, Answer] = _Request(key, items, time.monotonic())
+        if not items:
+            request.answers.set_result(Batched([]))
+            return request.answers
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
             self._queue.append(request)
             self._changed.notify_all()
-        return request.answers.result(timeout)
+        return request.answers
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread is still there to compute."""
+        return self._thread.is_alive()
 
     def statistics(self) -> BatchStatistics:
         """Return what has been done so far."""
@@ -104,21 +137,20 @@ class Batcher(Generic[Item, Answer]):
         self._thread.join()
 
     def _serve(self) -> None:
-        while batch := self._next():
-            self._answer(batch)
+        while (batch := self._next()) is not None:
+            if batch:
+                self._answer(batch)
 
-    def _next(self) -> list[_Request[Item, Answer]]:
-        """Wait for a batch and take it from the queue; empty once closed."""
+    def _next(self) -> list[_Request[Item, Answer]] | None:
+        """Wait for a batch and take it from the queue; None once closed and done.
+
+        It is empty where its requests were cancelled at the last moment.
+        """
         with self._changed:
-            while not self._queue and not self._closed:
-                self._changed.wait()
-            while self._queue and not self._closed:
-                first = self._queue[0]
-                left = first.arrived + self.max_wait - time.monotonic()
-                waiting = sum(len(request.items) for request in self._queue if request.key == first.key)
-                if left <= 0 or waiting >= self.max_batch:
-                    break
-                self._changed.wait(left)
+            while not self._ready():
+                if not self._queue and self._closed:
+                    return None
+                self._changed.wait(self._left())
             batch = self._queue[:1]
             size = sum(len(request.items) for request in batch)
             for request in self._queue[1:]:
@@ -126,10 +158,29 @@ class Batcher(Generic[Item, Answer]):
                     batch.append(request)
                     size += len(request.items)
             self._queue = [request for request in self._queue if request not in batch]
-            return batch
+            # From here on a request can no longer be cancelled.
+            return [request for request in batch if request.answers.set_running_or_notify_cancel()]
+
+    def _ready(self) -> bool:
+        """Drop what was cancelled, and say whether the first request need not wait any longer."""
+        self._queue = [request for request in self._queue if not request.answers.cancelled()]
+        if not self._queue:
+            return False
+        first = self._queue[0]
+        waiting = sum(len(request.items) for request in self._queue if request.key == first.key)
+        return self._closed or waiting >= self.max_batch or self._left() == 0.0
+
+    def _left(self) -> float | None:
+        """Seconds for which the first request may still wait for others; None without one."""
+        if not self._queue:
+            return None
+        return max(0.0, self._queue[0].arrived + self.max_wait - time.monotonic())
 
     def _answer(self, batch: list[_Request[Item, Answer]]) -> None:
         """Compute a batch; one that fails is computed again by request, to find whose fault it was."""
+        begun = time.monotonic()
+        for request in batch:
+            request.begun = request.begun or begun
         try:
             answers = self._computed(batch)
         except Exception as error:
@@ -139,9 +190,11 @@ class Batcher(Generic[Item, Answer]):
             for request in batch:
                 self._answer([request])
             return
+        size, done = len(answers), time.monotonic()
         for request in batch:
             mine, answers = answers[: len(request.items)], answers[len(request.items) :]
-            request.answers.set_result(mine)
+            queued, computed = request.begun - request.arrived, done - request.begun
+            request.answers.set_result(Batched(mine, queued, computed, size))
 
     def _computed(self, batch: list[_Request[Item, Answer]]) -> list[Answer]:
         items = [item for request in batch for item in request.items]

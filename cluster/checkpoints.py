@@ -12,24 +12,29 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
+from cluster.manifest import (
+    MANIFEST,
+    DamagedCheckpointError,
+    check_entry,
+    damaged,
+    local_entry,
+    read_manifest,
+    verify_file,
+    write_manifest,
+)
 from cluster.storage import RunStore
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-FORMAT = 1
+NEVER_FINISHED = "the checkpoint was never finished"
 _STEP = re.compile(r"step-(\d{8,})")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-
-
-class DamagedCheckpointError(ValueError):
-    """A checkpoint that is not whole; the message says which part is missing or wrong."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,11 @@ def save_checkpoint(
     if step < 0:
         raise ValueError(f"checkpoint step {step} must not be negative")
     _check(files, meta)
-    folder = f"{FOLDER}/step-{step:08d}"
+    folder = step_folder(step)
     in_force = _committed_files(store, folder)
     entries = {name: _save_file(store, folder, name, files[name], in_force) for name in files}
-    _write_manifest(store, folder, {"format": FORMAT, "step": step, "files": entries, "meta": dict(meta)})
-    wanted = {entry["file"] for entry in entries.values()} | {"manifest.json"}
+    write_manifest(store, folder, {"step": step, "files": entries, "meta": dict(meta)})
+    wanted = {entry["file"] for entry in entries.values()} | {MANIFEST}
     for left in store.list(folder, unfinished=True):
         if left.rpartition("/")[2] not in wanted:
             store.delete(left)
@@ -88,14 +93,35 @@ def load_checkpoint(store: RunStore, step: int) -> Checkpoint:
 
     Raises DamagedCheckpointError, a ValueError, when the checkpoint is missing or not whole.
     """
-    folder = f"{FOLDER}/step-{step:08d}"
-    manifest = _read_manifest(store, folder)
-    if manifest["step"] != step:
-        raise DamagedCheckpointError(f"{store.location(folder)}: its manifest is of step {manifest['step']}")
+    folder, manifest = step_folder(step), _manifest_of(store, step)
     for entry in manifest["files"].values():
-        _verify(store, f"{folder}/{entry['file']}", entry)
+        verify_file(store, folder, entry["file"], entry)
     paths = {name: f"{folder}/{entry['file']}" for name, entry in manifest["files"].items()}
     return Checkpoint(store, step, manifest["meta"], paths)
+
+
+def checkpoint_group(store: RunStore, step: int, name: str) -> tuple[dict[str, Tensor], str]:
+    """Return one group of tensors of the checkpoint of `step`, on the CPU, and its file's SHA-256 in hex.
+
+    What is returned is what was checked: the file is read once, and the checkpoint's other files not at all.
+    Raises DamagedCheckpointError if the group or the manifest is missing or not whole.
+    """
+    folder, manifest = step_folder(step), _manifest_of(store, step)
+    entry = manifest["files"].get(name)
+    if entry is None:
+        raise damaged(store, folder, MANIFEST, f"names no {name!r}, only {sorted(manifest['files'])}")
+    try:
+        content = store.read_bytes(f"{folder}/{entry['file']}")
+    except FileNotFoundError:
+        raise damaged(store, folder, entry["file"], "is missing") from None
+    digest = hashlib.sha256(content).hexdigest()
+    check_entry(store, folder, entry["file"], {"bytes": len(content), "sha256": digest}, entry)
+    return safetensors.torch.load(content), digest
+
+
+def step_folder(step: int) -> str:
+    """Return the folder of the checkpoint of `step` within the run."""
+    return f"{FOLDER}/step-{step:08d}"
 
 
 def checkpoint_steps(store: RunStore) -> list[int]:
@@ -111,11 +137,11 @@ def prune_checkpoints(store: RunStore, keep: int = 2) -> None:
     """
     if keep < 1:
         raise ValueError(f"keep {keep} must be at least 1: the newest checkpoint is what a run resumes from")
-    folders = {step: f"{FOLDER}/step-{step:08d}" for step in checkpoint_steps(store)}
-    committed = [step for step, folder in folders.items() if store.exists(f"{folder}/manifest.json")]
+    folders = {step: step_folder(step) for step in checkpoint_steps(store)}
+    committed = [step for step, folder in folders.items() if store.exists(f"{folder}/{MANIFEST}")]
     for step, folder in folders.items():
         if len(committed) >= keep and step < committed[-keep]:
-            store.delete(f"{folder}/manifest.json")
+            store.delete(f"{folder}/{MANIFEST}")
             store.delete(folder)
 
 
@@ -142,7 +168,7 @@ def _save_file(
         file = f"{name}-{uuid.uuid4().hex[:8]}.safetensors"
     with store.staged(f"{folder}/{file}") as local:
         safetensors.torch.save_file(_own_memory(tensors), local)
-        return {"file": file, "bytes": local.stat().st_size, "sha256": _digest(local)}
+        return {"file": file, **local_entry(local)}
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,57 +183,17 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _write_manifest(store: RunStore, folder: str, fields: dict[str, Any]) -> None:
-    fields = json.loads(json.dumps(fields))  # keys become strings before the digest is taken, as on reading
-    store.write_text(
-        f"{folder}/manifest.json", json.dumps({**fields, "sha256": _fields_digest(fields)}, indent=1)
-    )
-
-
-def _read_manifest(store: RunStore, folder: str) -> dict[str, Any]:
-    where = store.location(f"{folder}/manifest.json")
-    try:
-        fields: dict[str, Any] = json.loads(store.read_bytes(f"{folder}/manifest.json"))
-        digest = fields.pop("sha256")
-    except FileNotFoundError:
-        raise DamagedCheckpointError(f"{where} is missing: the checkpoint was never finished") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedCheckpointError(f"{where} is not a manifest: {error}") from error
-    if digest != _fields_digest(fields):
-        raise DamagedCheckpointError(f"{where} does not match its own checksum")
-    if fields["format"] != FORMAT:
-        raise DamagedCheckpointError(f"{where} has format {fields['format']}, this version reads {FORMAT}")
-    return fields
+def _manifest_of(store: RunStore, step: int) -> dict[str, Any]:
+    folder = step_folder(step)
+    manifest = read_manifest(store, folder, NEVER_FINISHED)
+    if manifest["step"] != step:
+        raise damaged(store, folder, MANIFEST, f"is of step {manifest['step']}")
+    return manifest
 
 
 def _committed_files(store: RunStore, folder: str) -> set[str]:
     try:
-        return {entry["file"] for entry in _read_manifest(store, folder)["files"].values()}
+        files = read_manifest(store, folder, NEVER_FINISHED)["files"]
+        return {entry["file"] for entry in files.values()}
     except DamagedCheckpointError:
         return set()
-
-
-def _verify(store: RunStore, name: str, entry: Mapping[str, Any]) -> None:
-    where = store.location(name)
-    try:
-        with store.fs.open(store.path(name), "rb") as file:
-            hashed = hashlib.sha256()
-            size = 0
-            while chunk := file.read(1 << 20):
-                hashed.update(chunk)
-                size += len(chunk)
-    except FileNotFoundError:
-        raise DamagedCheckpointError(f"{where} is missing") from None
-    if size != entry["bytes"]:
-        raise DamagedCheckpointError(f"{where} has {size} bytes instead of {entry['bytes']}")
-    if hashed.hexdigest() != entry["sha256"]:
-        raise DamagedCheckpointError(f"{where} does not match its checksum")
-
-
-def _fields_digest(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from jobs import bench_heads, bench_panel, bench_rollout, bench_sampler
+from jobs import bench_heads, bench_panel, bench_rollout, bench_sampler, bench_serve
 from jobs.config import run_job
 
 BENCHES: dict[str, Any] = {
@@ -11,6 +11,7 @@ BENCHES: dict[str, Any] = {
     "panel": (bench_panel.main, bench_panel.PanelBenchConfig),
     "sampler": (bench_sampler.main, bench_sampler.SamplerBenchConfig),
     "rollout": (bench_rollout.main, bench_rollout.RolloutBenchConfig),
+    "serve": (bench_serve.main, bench_serve.ServeBenchConfig),
 }
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from actors.sampler import POLICY, check_environment, load_policy
+from cluster.manifest import MANIFEST as SEAL
 from cluster.storage import RunStore
 from counterpoint.policies.policy import check_mask
 from jobs import train_policy
@@ -54,9 +55,9 @@ def train_one(arm: PolicyArm, seed: int | None) -> None:
 
 
 def fingerprint(uri: str) -> str:
-    """Return what tells a run's policy from any other: a digest of all its files."""
+    """Return what tells a run's policy from any other: a digest of all its files, sealed or not."""
     store, digest = RunStore(uri), hashlib.sha256()
-    for name in store.list(POLICY):
+    for name in (name for name in store.list(POLICY) if name != f"{POLICY}/{SEAL}"):
         digest.update(name.encode() + b"\0" + hashlib.sha256(store.read_bytes(name)).digest())
     return digest.hexdigest()[:16]
 

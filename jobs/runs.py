@@ -12,6 +12,7 @@ from diffusers.utils.logging import disable_progress_bar
 from actors.recipe import PIPELINE
 from cluster.checkpoints import latest_checkpoint
 from cluster.environment import describe_environment
+from cluster.sealing import save_sealed
 from cluster.storage import RunStore
 from counterpoint.pipeline import ClassConditionalPipeline
 from counterpoint.section import Section
@@ -97,11 +98,11 @@ def final_weights(store: RunStore) -> dict[str, Any]:
 
 
 def save_pipeline(store: RunStore, unet: UNet2DModel, scheduler: Any) -> ClassConditionalPipeline:
-    """Save a pipeline that diffusers' `from_pretrained` loads, under `pipeline/` of the run."""
+    """Save a pipeline that diffusers' `from_pretrained` loads, sealed, under `pipeline/` of the run."""
     pipeline = ClassConditionalPipeline(unet, scheduler)
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
-        store.write_folder(PIPELINE, Path(folder))
+        save_sealed(store, PIPELINE, Path(folder))
     return pipeline
 
 

@@ -11,6 +11,7 @@ from actors.sampler import POLICY
 from actors.training import TrainerConfig
 from actors.worker import LoopSpec
 from cluster.metrics_log import read_metrics
+from cluster.sealing import save_sealed
 from cluster.storage import RunStore
 from counterpoint.actions.config import TokenizerConfig
 from counterpoint.optimization import load_weights
@@ -62,7 +63,7 @@ class PolicyTrainConfig(Section):
 
 
 def main(config: PolicyTrainConfig) -> dict[str, Any]:
-    """Train, save the policy's bundle under `policy/` of the run, and return the headline figures."""
+    """Train, save the policy's sealed bundle under `policy/` of the run, and return the headline figures."""
     seconds: dict[str, float] = {}
     with timed(seconds, "collect"):
         collected = collected_demonstrations(config)
@@ -109,14 +110,14 @@ def recipe_of(config: PolicyTrainConfig, collected: CollectConfig) -> PolicyReci
 def conclude(
     config: PolicyTrainConfig, store: RunStore, recipe: PolicyRecipe, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Save the bundle, write results and report, and return the headline."""
+    """Save and seal the bundle, write results and report, and return the headline."""
     shown, _, chunks = recipe.data()
     bundle = recipe.bundle(shown, chunks)
     load_weights(bundle.policy, final_weights(store))
     bundle.policy.eval()
     with tempfile.TemporaryDirectory() as folder:
         bundle.save(Path(folder))
-        store.write_folder(POLICY, Path(folder))
+        save_sealed(store, POLICY, Path(folder))
     last = read_metrics(store)[-1]
     headline: dict[str, Any] = {
         "loss": last["loss"],

@@ -1,6 +1,7 @@
 """Requests of many threads become few batches, each caller gets its own part, and nobody pays for another."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -171,3 +172,68 @@ def test_statistics_add_up():
 def test_limits_are_checked():
     with pytest.raises(ValueError, match="max_batch=0"):
         Batcher(Doubler(), 0, 1.0)
+
+
+def test_what_is_cancelled_while_it_waits_is_never_computed():
+    compute = Doubler(opened=False)
+    batcher = Batcher(compute, max_batch=2, max_wait=0.0)
+    first = batcher.enqueue([0])
+    while not compute.busy.locked():
+        pass
+    kept, dropped, other = (batcher.enqueue([n]) for n in (1, 2, 3))
+    assert dropped.cancel()
+    assert not first.cancel(), "a batch that is under way is not given up"
+    compute.gate.set()
+    assert [one.result(LONG).answers for one in (first, kept, other)] == [[0], [2], [6]]
+    assert [items for _, items in compute.batches] == [[0], [1, 3]], "another has taken the place"
+    batcher.close()
+
+
+def test_a_lone_request_that_is_cancelled_leaves_the_batcher_at_work():
+    compute = Doubler()
+    batcher = Batcher(compute, max_batch=2, max_wait=LONG)
+    assert batcher.enqueue([1]).cancel()
+    assert batcher.submit([2, 3], timeout=LONG) == [4, 6]
+    assert [items for _, items in compute.batches] == [[2, 3]]
+    batcher.close()
+
+
+def test_a_caller_that_gave_up_leaves_no_work_behind():
+    compute = Doubler(opened=False)
+    batcher = Batcher(compute, max_batch=1, max_wait=0.0)
+    first = batcher.enqueue([1])
+    while not compute.busy.locked():
+        pass
+    with pytest.raises(TimeoutError):
+        batcher.submit([2], timeout=0.01)
+    compute.gate.set()
+    assert first.result(LONG).answers == [2]
+    batcher.close()
+    assert [items for _, items in compute.batches] == [[1]]
+
+
+def test_each_request_learns_what_it_took():
+    compute = Doubler()
+    batcher = Batcher(compute, max_batch=3, max_wait=LONG)
+    both = [batcher.enqueue([1]), batcher.enqueue([2, 3])]
+    took = [one.result(LONG) for one in both]
+    assert [(one.answers, one.batch_size) for one in took] == [([2], 3), ([4, 6], 3)]
+    assert all(one.queued_s >= 0 and one.compute_s >= 0 for one in took)
+    assert took[0].queued_s >= took[1].queued_s, "the first has waited for the second"
+    batcher.close()
+
+
+def test_time_spent_on_a_neighbours_error_is_told():
+    starts = []
+
+    def compute(key, items):
+        starts.append(time.monotonic())
+        if len(items) > 1:
+            raise ValueError("together")
+        return items
+
+    batcher = Batcher(compute, max_batch=2, max_wait=LONG)
+    took = [one.result(LONG) for one in (batcher.enqueue([1]), batcher.enqueue([2]))]
+    assert [one.batch_size for one in took] == [1, 1], "of the batch that gave the answer"
+    assert all(one.compute_s >= own - starts[0] for one, own in zip(took, starts[1:], strict=True))
+    batcher.close()

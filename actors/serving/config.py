@@ -169,7 +169,7 @@ class ServiceConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ServiceConfig":
-        names = [model.name for model in (*self.images.models, *self.actions.models)]
+        names = [model.name for model in self.images.models] + [model.name for model in self.actions.models]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"models: {twice[0]} is the name of two: give each its own")

@@ -1,0 +1,320 @@
+"""Continuous batching: one thread moves all requests' images on, a step at a time, in shared evaluations."""
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from actors.serving.config import BatchingConfig
+from actors.serving.image_model import ImageModel
+from actors.serving.messages import ImageRequest
+from counterpoint.inflight import Chain, advance
+from counterpoint.seeds import generator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineAnswer:
+    """The images of a request, and what it took to make them."""
+
+    images: np.ndarray
+    """uint8 [n,H,W,C]."""
+    queued_s: float
+    """From arrival to the first evaluation."""
+    compute_s: float
+    """From the first evaluation's start to the last one's end, neighbours and waiting in between included."""
+    evaluations: int
+    """Evaluations that the request took part in."""
+    batch_size: float
+    """Mean rows of those, of all who took part; what they were filled up with is not counted."""
+
+
+@dataclass(frozen=True)
+class EngineStatistics:
+    """What an engine has done so far, and what it has to do."""
+
+    evaluations: int = 0
+    """Failed ones included."""
+    rows: int = 0
+    """Rows of those that succeeded."""
+    padded_rows: int = 0
+    """Copies of rows that filled those up."""
+    requests: int = 0
+    """Requests taken in so far."""
+    seconds: float = 0.0
+    """Spent in evaluations."""
+    waiting: int = 0
+    """Requests none of whose images is under way."""
+    running: int = 0
+    """Requests with images under way."""
+
+
+@dataclass(eq=False)
+class _Order:
+    """A request on its way; its chains belong to the engine's thread."""
+
+    model: ImageModel
+    request: ImageRequest
+    arrived: float
+    deadline: float | None
+    future: "Future[EngineAnswer]" = field(default_factory=Future)
+    flying: dict[int, Chain] = field(default_factory=dict)
+    """Images under way, by their index."""
+    landed: dict[int, np.ndarray] = field(default_factory=dict)
+    """Finished images, uint8 [H,W,C]."""
+    begun: float = 0.0
+    batches: list[int] = field(default_factory=list)
+    """Rows of each evaluation that it took part in."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of each of its images."""
+        return 1 if self.request.guidance_scale == 1.0 else 2
+
+    @property
+    def unborn(self) -> range:
+        """Images that are not yet under way."""
+        return range(len(self.flying) + len(self.landed), self.request.count)
+
+    def board(self, index: int) -> None:
+        """Begin an image; its noise is that of `jobs.sample`."""
+        asked = self.request
+        stream = generator(asked.seed, "sample", asked.label, index)
+        self.flying[index] = Chain(
+            self.model.unet, self.model.scheduler, asked.label, asked.steps, asked.guidance_scale, stream
+        )
+
+    def settle(self, now: float) -> None:
+        """Take what has finished out of the batch; answer once that is all."""
+        for index in [index for index, chain in self.flying.items() if chain.done]:
+            self.landed[index] = _pixels(self.flying.pop(index))
+        if len(self.landed) == self.request.count:
+            images = np.stack([self.landed[index] for index in range(self.request.count)])
+            taken = EngineAnswer(
+                images, self.begun - self.arrived, now - self.begun, len(self.batches),
+                sum(self.batches) / len(self.batches),
+            )  # fmt: skip
+            self._resolve(taken)
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error; nobody else's."""
+        self._resolve(error)
+
+    def _resolve(self, answer: EngineAnswer | Exception) -> None:
+        self.flying.clear()
+        try:
+            if isinstance(answer, Exception):
+                self.future.set_exception(answer)
+            else:
+                self.future.set_result(answer)
+        except InvalidStateError:  # it was cancelled a moment ago
+            return
+
+
+class Engine:
+    """Makes the images of many callers' requests in evaluations that they share, in a thread of its own.
+
+    Between two evaluations images that are finished leave and waiting ones join, the oldest request's first,
+    as long as there is room; none overtakes. Only images of one model share an evaluation; models take turns.
+    A request's images are those of `jobs.sample` with its seed; with exact sizes their bits depend on nobody.
+
+    Args:
+        batching: rows of an evaluation, and how long a request that finds the engine idle waits for others.
+    """
+
+    def __init__(self, batching: BatchingConfig) -> None:
+        self.batching = batching
+        self._orders: list[_Order] = []
+        """Unfinished requests, oldest first."""
+        self._changed = threading.Condition()
+        self._closed = False
+        self._done = EngineStatistics()
+        self._turns: weakref.WeakKeyDictionary[ImageModel, int] = weakref.WeakKeyDictionary()
+        """When each model had its last turn."""
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread is there to answer."""
+        return self._thread.is_alive()
+
+    def submit(
+        self, model: ImageModel, request: ImageRequest, deadline_s: float | None = None
+    ) -> "Future[EngineAnswer]":
+        """Queue a request for `model`, whichever model it names, and return what will hold its answer.
+
+        Cancelling the future gives its room to others before the next evaluation. It fails with TimeoutError
+        `deadline_s` seconds from now, RuntimeError if the engine is closed first, and what the model raises.
+        Raises ValueError for a request that does not fit the model, and RuntimeError once closed.
+        """
+        _check(model, request)
+        now = time.monotonic()
+        order = _Order(model, request, now, None if deadline_s is None else now + deadline_s)
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            self._orders.append(order)
+            self._done = replace(self._done, requests=self._done.requests + 1)
+            self._changed.notify_all()
+        return order.future
+
+    def statistics(self) -> EngineStatistics:
+        """Return what has been done so far and is to do."""
+        with self._changed:
+            running = sum(bool(order.flying or order.landed) for order in self._orders)
+            return replace(self._done, running=running, waiting=len(self._orders) - running)
+
+    def close(self) -> None:
+        """End the thread after the evaluation that it is in; unfinished requests fail with RuntimeError."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        # A thread's first maths may take all the machine's threads, and so other bits, until it is told.
+        torch.set_num_threads(self._threads)
+        while self._begin():
+            self._turn()
+        with self._changed:
+            orders, self._orders = self._orders, []
+        for order in orders:
+            order.fail(RuntimeError("the engine was closed before the images were finished"))
+
+    def _begin(self) -> bool:
+        """Wait for work, and if there was none, for company; False once closed."""
+        with self._changed:
+            while not self._orders and not self._closed:
+                self._changed.wait()
+            while not self._closed and not any(order.flying for order in self._orders):
+                first = self._orders[0]
+                left = first.arrived + self.batching.max_wait - time.monotonic()
+                mates = [order for order in self._orders if order.model is first.model]
+                waiting = sum(order.rows * order.request.count for order in mates)
+                if left <= 0 or waiting >= self._room(first.model):
+                    break
+                self._changed.wait(left)
+            return not self._closed
+
+    def _turn(self) -> None:
+        """Give the model whose last turn is longest ago an evaluation."""
+        orders = self._live()
+        if not orders:
+            return
+        model = min((order.model for order in orders), key=lambda model: self._turns.get(model, -1))
+        self._turns[model] = max(self._turns.values(), default=-1) + 1
+        orders = [order for order in orders if order.model is model]
+        try:
+            self._board(orders)
+            self._step([order for order in orders if order.flying])
+        except Exception as error:  # whatever happens, the thread goes on to serve others
+            logger.exception("a turn of %s failed", model.version)
+            for order in orders:
+                order.fail(error)
+        self._live()
+
+    def _live(self) -> list[_Order]:
+        """Drop requests that are finished, cancelled or late, and return the others."""
+        now = time.monotonic()
+        with self._changed:
+            orders = list(self._orders)
+        for order in orders:
+            if order.deadline is not None and now > order.deadline and not order.future.done():
+                order.fail(TimeoutError("the images were not finished before the request's deadline"))
+        with self._changed:
+            self._orders = [order for order in self._orders if not order.future.done()]
+            return list(self._orders)
+
+    def _room(self, model: ImageModel) -> int:
+        return min(self.batching.max_batch, max(model.sizes))
+
+    def _board(self, orders: Sequence[_Order]) -> None:
+        """Begin images while there is room, oldest request first; one always, be it of more rows."""
+        room = self._room(orders[0].model)
+        taken = sum(order.rows * len(order.flying) for order in orders)
+        for order in orders:
+            for index in order.unborn:
+                if taken and taken + order.rows > room:
+                    return
+                try:
+                    order.board(index)
+                except Exception as error:
+                    order.fail(error)
+                    break
+                taken += order.rows
+
+    def _step(self, orders: Sequence[_Order]) -> None:
+        """Move the images of `orders` on; if that fails, each order's alone, to find whose fault it was."""
+        if not orders:
+            return
+        chains = [chain for order in orders for chain in order.flying.values()]
+        begun = time.monotonic()
+        for order in orders:
+            order.begun = order.begun if order.batches else begun
+        try:
+            evaluated = self._evaluated(orders[0].model, chains)
+        except Exception as error:
+            if len(orders) == 1:
+                logger.exception("an evaluation of %s failed", orders[0].model.version)
+                orders[0].fail(error)
+                return
+            for order in orders:
+                self._step([order])
+            return
+        now = time.monotonic()
+        for order in orders:
+            order.batches.append(evaluated)
+            try:
+                order.settle(now)
+            except Exception as error:
+                order.fail(error)
+
+    def _evaluated(self, model: ImageModel, chains: Sequence[Chain]) -> int:
+        """Move `chains` on by a step and return their rows."""
+        rows, padded = sum(chain.rows for chain in chains), 0
+        begun = time.perf_counter()
+        try:
+            padded = advance(model.unet, chains, model.sizes)
+            device = chains[0].state.device
+            if device.type == "cuda":  # errors and times are this evaluation's, not a later one's
+                torch.cuda.synchronize(device)
+        finally:
+            with self._changed:
+                done = self._done
+                self._done = replace(
+                    done,
+                    evaluations=done.evaluations + 1,
+                    rows=done.rows + (rows if padded else 0),
+                    padded_rows=done.padded_rows + (padded - rows if padded else 0),
+                    seconds=done.seconds + time.perf_counter() - begun,
+                )
+        return rows
+
+
+def _check(model: ImageModel, request: ImageRequest) -> None:
+    """Raise ValueError, in a line, for a request that the model cannot serve."""
+    if not 0 <= request.label < model.classes:
+        raise ValueError(f"label={request.label} must be a class from 0 to {model.classes - 1}")
+    if not 1 <= request.steps <= model.max_steps:
+        raise ValueError(f"steps={request.steps}: the model takes 1 to {model.max_steps}")
+    if request.count < 1:
+        raise ValueError(f"count={request.count}: ask for at least 1 image")
+    if not np.isfinite(request.guidance_scale):
+        raise ValueError(f"guidance_scale={request.guidance_scale} must be a finite number, 1 for none")
+
+
+def _pixels(chain: Chain) -> np.ndarray:
+    """Return a finished chain's image as uint8 [H,W,C]; ArithmeticError if it is not finite."""
+    image = chain.image.float().cpu().numpy()
+    if not np.isfinite(image).all():
+        raise ArithmeticError("the model's image is not finite")
+    return np.rint((np.clip(image, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8).transpose(1, 2, 0)
