@@ -8,7 +8,8 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin, UNet2DModel
@@ -102,7 +103,7 @@ def advance(unet: UNet2DModel, chains: Sequence[Chain], sizes: Sequence[int]) ->
     moved = []
     for group, stepper, t, state, output in zip(groups, steppers, times, states, parts, strict=True):
         streams = [chain.generator.clone_state() for chain in group]
-        extra = {"generator": streams} if _draws(type(stepper)) else {}
+        extra = {"generator": streams} if _draws(type(stepper).step) else {}
         after = stepper.step(output, t, state, **extra).prev_sample
         moved.append((group, after.split(1), streams, stepper))
     for group, after, streams, stepper in moved:
@@ -171,6 +172,6 @@ def _fork(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 @functools.cache
-def _draws(scheduler: type[SchedulerMixin]) -> bool:
-    """Whether a step of such a scheduler takes generators; reading a signature is slow."""
-    return "generator" in inspect.signature(scheduler.step).parameters
+def _draws(step: Callable[..., Any]) -> bool:
+    """Whether a scheduler's `step` takes generators; reading a signature is slow."""
+    return "generator" in inspect.signature(step).parameters

@@ -75,6 +75,33 @@ def headline(
     }
 
 
+def swap_headline(
+    figures: dict[str, Any], outcomes: Sequence[Outcome], version: str, begun_s: float, ended_s: float
+) -> dict[str, Any]:
+    """Return what became of a load during which `version` was promoted, from `begun_s` to `ended_s`.
+
+    `swap_stale` counts answers of another version to requests sent after the promotion had been reported as
+    done, of which there were `swap_sent_after`; a swap that was not seen at all has none of those. Seconds
+    count from the promotion's begin.
+    """
+    answered = [one for one in outcomes if not one.failed]
+    new = [one.ended_s - begun_s for one in answered if one.version == version]
+    old = [one.ended_s - begun_s for one in answered if one.version != version]
+    after = [one for one in answered if one.sent_s > ended_s]
+    return {
+        "swap_requests": figures["requests"],
+        "swap_failed": figures["failed"],
+        "swap_failures": figures["failures"],
+        "swap_wrong": figures["wrong"],
+        "swap_sent_after": len(after),
+        "swap_stale": sum(one.version != version for one in after),
+        "swap_versions": {name: told["answers"] for name, told in figures["versions"].items()},
+        "swap_first_new_s": round(min(new), 2) if new else None,
+        "swap_last_old_s": round(max(old), 2) if old else None,
+        "swap_p99_ms": figures["p99_ms"],
+    }
+
+
 def _counts(ones: Sequence[Outcome]) -> dict[str, Any]:
     return {
         "requests": len(ones),

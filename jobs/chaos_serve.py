@@ -30,7 +30,7 @@ from cluster.storage import RunStore
 from counterpoint.section import Section
 from counterpoint.unet import UNetConfig, null_class
 from jobs.bench_serve import difference, save_untrained
-from jobs.chaos_figures import headline, outages, rows_of
+from jobs.chaos_figures import headline, outages, rows_of, swap_headline
 from jobs.config import run_job
 from jobs.load import LoadConfig
 from jobs.load_figures import read_outcomes
@@ -89,7 +89,7 @@ class ServeChaosConfig(Section):
     """Seconds from the load's start to the first kill, and from each kill to the next."""
     settle_s: float = Field(default=20.0, gt=0.0)
     """Seconds of load after the last kill."""
-    swap_s: float = Field(default=20.0, gt=0.0)
+    swap_s: float = Field(default=30.0, gt=0.0)
     """Seconds of the second load; a third of the way through it the promotion begins."""
     seed: int = 0
     """Seed of victims, weights and loads."""
@@ -173,20 +173,7 @@ def swap_phase(service: _Service, rate: float) -> dict[str, Any]:
         figures = load.result()
     told = {"begun_s": round(begun, 2), "ended_s": round(ended, 2), "promoted": promoted, "load": figures}
     RunStore(config.run).write_text("swap.json", json.dumps(told, indent=1))
-    versions = figures["versions"]
-    names = list(versions)
-    new = versions[names[1]]["first_s"] - begun if len(names) > 1 else None
-    old = versions[names[0]]["last_s"] - begun if len(names) > 1 else None
-    return {
-        "swap_requests": figures["requests"],
-        "swap_failed": figures["failed"],
-        "swap_failures": figures["failures"],
-        "swap_wrong": figures["wrong"],
-        "swap_versions": {name: versions[name]["answers"] for name in names},
-        "swap_first_new_s": None if new is None else round(new, 2),
-        "swap_last_old_s": None if old is None else round(old, 2),
-        "swap_p99_ms": figures["p99_ms"],
-    }
+    return swap_headline(figures, read_outcomes(out), promoted["version"], begun, ended)
 
 
 def disturb(service: _Service, zero: float) -> list[dict[str, Any]]:

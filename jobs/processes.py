@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -161,11 +162,11 @@ def _await_ready(process: subprocess.Popen[str], url: str, log: Path, limit_s: f
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Ask a server to end; what is still there after a minute is killed, its children too."""
+    """End a server as Ctrl-C does; what is still there after a minute is killed, its children too."""
     if process.poll() is not None:
         return
     below = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
+    process.send_signal(signal.SIGINT)
     try:
         process.wait(STOP_S)
     except subprocess.TimeoutExpired:

@@ -289,7 +289,7 @@ def wrong_methods(document: dict[str, Any]) -> st.SearchStrategy[Malformed]:
     pairs = [
         (method, path.partition("{")[0] + ("digits" if "{" in path else ""))
         for path, known in paths.items()
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
         if method not in known
     ]
     return _any_of(pairs).map(lambda pair: Malformed("method", *pair))

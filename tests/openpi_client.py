@@ -1,4 +1,4 @@
-"""What openpi's own client does, step by step (openpi_client: msgpack_numpy.py, websocket_client_policy.py)."""
+"""What openpi's own client does (openpi_client: msgpack_numpy.py and websocket_client_policy.py)."""
 
 import functools
 
@@ -37,7 +37,7 @@ class WebsocketClientPolicy:
     def __init__(self, uri, api_key=None):
         headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
         self.socket = websockets.sync.client.connect(
-            uri, compression=None, max_size=None, additional_headers=headers
+            uri, compression=None, max_size=None, additional_headers=headers, legacy=True
         )
         self.metadata = unpackb(self.socket.recv())
 

@@ -10,7 +10,7 @@ import pytest
 from standin_service import Replicas
 
 from jobs import chaos_serve
-from jobs.chaos_figures import headline, outages, rows_of
+from jobs.chaos_figures import headline, outages, rows_of, swap_headline
 from jobs.chaos_serve import ServeChaosConfig
 from jobs.load_figures import Outcome
 
@@ -78,6 +78,26 @@ def test_requests_are_told_by_the_outage_that_they_met():
     assert told["recovery_s_median"] == told["recovery_s_max"] == 1.0
 
 
+def test_a_swap_is_told_by_who_answered_before_and_after_it():
+    outcomes = [
+        answer(0, 1.0, 1.1, "a"),
+        answer(1, 2.5, 2.6, "a"),
+        Outcome(2, 2.7, 2.7, 2.8, version="w", replica="b"),
+        answer(3, 2.9, 3.5, "a"),  # sent before the promotion was done
+        Outcome(4, 3.2, 3.2, 3.3, version="w", replica="b"),
+        answer(5, 3.4, 3.6, "a"),
+        answer(6, 3.5, 3.7, "", failed="timeout"),
+    ]
+    figures = {"requests": 7, "failed": 1, "failures": {"timeout": 1}, "wrong": 0, "p99_ms": 600.0}
+    figures["versions"] = {"v": {"answers": 4}, "w": {"answers": 2}}
+    told = swap_headline(figures, outcomes, "w", begun_s=2.0, ended_s=3.0)
+    assert (told["swap_sent_after"], told["swap_stale"], told["swap_failed"]) == (2, 1, 1)
+    assert (told["swap_first_new_s"], told["swap_last_old_s"]) == (0.8, 1.6)
+    assert told["swap_versions"] == {"v": 4, "w": 2}
+    unseen = swap_headline(figures, outcomes, "x", begun_s=2.0, ended_s=9.0)
+    assert (unseen["swap_first_new_s"], unseen["swap_sent_after"]) == (None, 0)
+
+
 def test_only_replicas_of_the_deployment_are_found():
     both = Replicas()
     other = subprocess.Popen(["bash", "-c", "exec -a ray::ServeReplica:counterpoint:Gateway sleep 60"])
@@ -119,7 +139,7 @@ def standin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chaos_kills_swaps_and_tells(standin, tmp_path):
     config = ServeChaosConfig.model_validate(
         {
-            "run": str(tmp_path / "chaos"), "kills": 2, "every_s": 1.2, "settle_s": 2.5, "swap_s": 1.5,
+            "run": str(tmp_path / "chaos"), "kills": 2, "every_s": 1.2, "settle_s": 2.5, "swap_s": 2.5,
             "probe_s": 0.3, "warmup_s": 0.1, "rate": 60.0, "classes": 4, "image_shape": [1, 8],
             "unet": {"block_out_channels": [16, 16], "norm_num_groups": 8},
         }
@@ -131,6 +151,8 @@ def test_chaos_kills_swaps_and_tells(standin, tmp_path):
     assert told["failed"] == told["wrong"] == told["swap_failed"] == told["swap_wrong"] == 0
     assert told["requests"] > 100
     assert list(told["swap_versions"]) == ["a", "b"]
+    assert told["swap_sent_after"] > 0
+    assert told["swap_stale"] == 0
     assert told["grey_levels_before"] > 50
     table = (tmp_path / "chaos" / "chaos.txt").read_text()
     assert [line.split("  ")[0].strip() for line in table.splitlines()[1:]] == ["kill 1", "kill 2", "outside"]

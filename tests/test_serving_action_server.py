@@ -1,4 +1,4 @@
-"""A hosted policy's decisions are the rollout's own, to the last bit, whoever the neighbours in a batch are."""
+"""A hosted policy's decisions are the rollout's own, to the last bit, whoever its neighbours are."""
 
 import asyncio
 import threading
@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy_environment import INSTRUCTIONS, OBSERVATION_SPACE, SPACE
-from toy_policy import LONGEST, observations, toy_bundle
+from toy_environment import OBSERVATION_SPACE
+from toy_policy import observations, toy_bundle
 
 from actors.batching import Batcher
 from actors.serving.action_server import ActionServer, answered
@@ -19,9 +19,8 @@ from actors.serving.messages import ActionRequest
 from actors.serving.policy_probe import made_up, policy_rows
 from cluster.sealing import seal
 from cluster.storage import RunStore
-from counterpoint.actions.config import TokenizerConfig, build_tokenizer
 from counterpoint.actions.tokenizer import Undecodable
-from counterpoint.policies.bundle import new_bundle
+from counterpoint.exactness import exact_sizes
 from counterpoint.selection.choice import decide
 from counterpoint.selection.config import SelectionConfig
 from counterpoint.selection.decision import Stream
@@ -116,19 +115,19 @@ def test_a_row_is_told_apart_by_its_logits() -> None:
 
 
 def test_when_a_neighbours_chunk_ends_does_not_matter() -> None:
-    chunks = np.random.default_rng(0).uniform(SPACE.low, SPACE.high, (64, SPACE.horizon, 2))
-    tokenizer = build_tokenizer(TokenizerConfig(kind="fast", vocab_size=32), chunks, "toy")
-    network = toy_bundle().policy.config
-    bundle = new_bundle(network, OBSERVATION_SPACE, SPACE, tokenizer, INSTRUCTIONS, LONGEST, chunks)
-    bundle.policy.eval()
-    selection = SelectionConfig(rule="likelihood", candidates=2, temperature=5.0)
-    hosted = HostedPolicy(bundle, "fast", largest=8)
-    made = [made_up(bundle, index) for index in range(8)]
-    inputs = bundle.prepare(made)
-    uniforms = predraw(STREAMS + STREAMS[:1], 0, 2, bundle.policy.max_tokens)
-    lengths = sample_candidates(bundle.policy, inputs, uniforms, selection).alive.sum(-1)
-    assert len(lengths.unique()) > 3
-    assert hosted.sizes(selection)[-1] == 8
+    bundle = toy_bundle()
+    bundle.policy.end_token = 3
+    selection = SelectionConfig(rule="likelihood", candidates=1, temperature=50.0)
+    evaluate = policy_rows(bundle, selection)
+    size = exact_sizes(evaluate, 8)[-1]
+    streams = [Stream(row, 0) for row in range(size)]
+    inputs = bundle.prepare([made_up(bundle, row) for row in range(size)])
+    uniforms = predraw(streams, 0, 1, bundle.policy.max_tokens)
+    ends = sample_candidates(bundle.policy, inputs, uniforms, selection).alive.sum(-1).amax(1)
+    assert size == 1 or len(ends.unique()) > 2
+    together = evaluate(range(size))
+    for row in range(size):
+        assert evaluate([row] * size) == [together[row]] * size
 
 
 def test_sizes_are_found_once_for_selections_that_compute_alike(hosted: HostedPolicy, monkeypatch) -> None:
@@ -202,7 +201,9 @@ def test_requests_meet_in_a_batch_and_learn_what_it_took(hosted: HostedPolicy) -
     batcher = Batcher(gated, max_batch=4, max_wait=PATIENCE)
 
     async def ask() -> list:
-        return await asyncio.gather(*(answered(batcher, hosted, request(i), PATIENCE, "here") for i in range(4)))
+        return await asyncio.gather(
+            *(answered(batcher, hosted, request(i), PATIENCE, "here") for i in range(4))
+        )
 
     answers = asyncio.run(ask())
     batcher.close()
@@ -278,7 +279,8 @@ def test_what_does_not_fit_never_meets_a_batch(hosted: HostedPolicy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [(Undecodable("x"), "no action to offer"), (RuntimeError("/secret"), "failed on this")]
+    ("fault", "words"),
+    [(Undecodable("x"), "no action to offer"), (RuntimeError("/secret"), "failed on this")],
 )
 def test_a_failure_of_the_policy_is_told_without_its_insides(hosted: HostedPolicy, fault, words: str) -> None:
     def failing(key, items):

@@ -216,8 +216,9 @@ def test_an_idle_engine_waits_for_company_until_it_is_full():
     watched = Watched()
     engine = Engine(BatchingConfig(max_batch=3, max_wait=LONG))
     served = model(watched)
-    futures = [engine.submit(served, ask(seed=seed)) for seed in range(2)]
-    futures.append(engine.submit(served, ask(seed=2)))
+    futures = [engine.submit(served, ask(seed=0))]
+    assert not watched.entered.acquire(timeout=0.1)
+    futures += [engine.submit(served, ask(seed=seed)) for seed in (1, 2)]
     assert not wait(futures, LONG / 2).not_done
     assert [rows for _, rows in watched.log] == [3]
     engine.close()

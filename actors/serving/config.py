@@ -18,7 +18,7 @@ class KeyConfig(Section):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of the token in hex. Tokens are 256 random bits, so that no salt or slow hash is needed."""
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """Requests a minute, in bursts of at most a tenth; none for no limit. Each gateway replica counts alone."""
+    """Requests a minute, in bursts of at most a tenth; none for no limit; counted per gateway."""
 
 
 class LimitsConfig(Section):
@@ -35,11 +35,11 @@ class LimitsConfig(Section):
     max_sessions: int = Field(default=64, ge=1)
     """WebSocket sessions open at once, per gateway replica."""
     max_queue: int = Field(default=128, ge=1)
-    """Requests under way at once, waiting ones included, per gateway replica; past it a 429 with Retry-After."""
+    """Requests under way at once, waiting ones included, per gateway; past it a 429 with Retry-After."""
     deadline_s: float = Field(default=30.0, gt=0.0)
     """Seconds after which a request is given up with a 504; a client may ask for less, `x-deadline-ms`."""
     retries: int = Field(default=3, ge=0)
-    """Times a request is sent again after its replica died: requests carry their seed, so all answers agree."""
+    """Times a request is sent again after its replica died; it carries its seed, so all answers agree."""
 
 
 class ReplicasConfig(Section):

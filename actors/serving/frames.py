@@ -136,6 +136,4 @@ def _is_length(value: Any) -> bool:
 
 
 def _no_extension(code: int, data: bytes) -> Any:
-    raise _RefusedError(
-        "MessagePack extensions are refused: send maps, lists, text, numbers, numpy arrays"
-    )
+    raise _RefusedError("MessagePack extensions are refused: send maps, lists, text, numbers, numpy arrays")

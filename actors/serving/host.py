@@ -82,7 +82,7 @@ class ModelHost(Generic[M]):
 
     async def opened(self, name: str) -> Loaded[M]:
         """Return a model's version in force, loaded if need be; ApiError where clients may not name it."""
-        if name not in self.wanted:
+        if name not in self.wanted and self.shelf.resident(name) is None:
             await self._check_may_open(name)
         try:
             slot = await self.slot(name)

@@ -128,7 +128,7 @@ def selection_of(
 def check_defaults(defaults: Mapping[str, Any]) -> None:
     """Raise ValueError, in one line, unless `actions.selection` of a configuration can serve as defaults."""
     rule = defaults.get("rule", "greedy")
-    if rule not in NAMES:
+    if rule not in list(NAMES):
         raise ValueError(f"actions.selection: rule={rule} cannot be served: give one of {', '.join(NAMES)}")
     try:
         SelectionConfig.model_validate(
