@@ -9,6 +9,7 @@ python -m jobs.serve key NAME           make a bearer token
 python -m jobs.serve seal RUN           write the manifest of a run saved before there were any
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from actors.serving.checkpoints import check, locate, seal_run
 from actors.serving.config import ServiceConfig
 from actors.serving.keys import new_token, openness
 from actors.serving.messages import Kind
+from actors.serving.proxy_headers import CALLBACK
 from cluster.connect import Connection, connected
 from cluster.serving import Serving, ServingError
 from cluster.storage import RunStore
@@ -57,12 +59,19 @@ def main(config: ServeConfig) -> dict[str, Any]:
         return {"service": config.name, "checked": True, **versions}
     # Answers are waited for: the service must not be the one to step back on a busy machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Whoever stops the service shall see it end in order.
+    os.environ.setdefault(*CALLBACK)
+    with connected(include_dashboard=True) as connection, stopping() as stop:
+        return serve_on(connection, config, stop) | versions
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """Yield an event that SIGINT and SIGTERM set; Ray must have started, as it sets handlers of its own."""
     stop = threading.Event()
-    previous = {each: signal.signal(each, lambda *_: stop.set()) for each in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {each: signal.signal(each, lambda *_: stop.set()) for each in signals}
     try:
-        with connected(include_dashboard=True) as connection:
-            return serve_on(connection, config, stop) | versions
+        yield stop
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)

@@ -1,96 +1,22 @@
-"""WebSocket sessions: openpi's client works unmodified, the latest observation wins, bad frames do no harm."""
+"""WebSocket sessions: openpi's client works unmodified, and the latest observation wins."""
 
 import asyncio
-import hashlib
 import json
-from contextlib import asynccontextmanager
 
-import msgpack
 import numpy as np
 import pytest
-import uvicorn
-from openpi_client import WebsocketClientPolicy, packb, unpackb
-from serving_parts import BLOCKS, FakeBackend, service, toy_choice
+from openpi_client import WebsocketClientPolicy, packb
+from serving_parts import BLOCKS, FakeBackend, toy_choice
+from session_parts import IMAGE, KEYS, SEEN, STREAM, TOKEN, frame, metrics, run, said, turn, until
 from toy_environment import OBSERVATION_SPACE, SIZE, SPACE
-from toy_policy import observations
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
-from actors.serving.app import create_app
-from actors.serving.errors import ApiError
 from actors.serving.messages import ModelInfo
 from counterpoint.selection.config import SelectionConfig
 from counterpoint.selection.decision import Stream
 
-SEEN = observations(1)[0]
 GREEDY = SelectionConfig(rule="greedy", candidates=1)
 SELECT = SelectionConfig(rule="masked_condition", mask="text", candidates=3)
-STREAM = "v1/actions/stream"
-TOKEN = "cp-test"
-KEYS = [{"name": "robot", "sha256": hashlib.sha256(TOKEN.encode()).hexdigest()}]
-PATIENCE = 20.0
-
-
-def frame(**changes: object) -> dict:
-    """An observation as openpi's LIBERO client sends one, some of whose parts are others; None leaves out."""
-    parts = {
-        "observation/image": SEEN.images["top"],
-        "observation/state": SEEN.state,
-        "prompt": SEEN.instruction,
-    }
-    return {name: value for name, value in (parts | changes).items() if value is not None}
-
-
-@asynccontextmanager
-async def served(backend: FakeBackend, **config: object):
-    """The application on a real server in this loop; yields its address and its application."""
-    app = create_app(backend, service(**config))
-    options = {"port": 0, "lifespan": "off", "log_config": None, "ws_ping_interval": None}
-    server = uvicorn.Server(uvicorn.Config(app, **options, timeout_graceful_shutdown=1))
-    running = asyncio.create_task(server.serve())
-    try:
-        while not server.started:
-            await asyncio.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        async with asyncio.timeout(PATIENCE):
-            yield f"ws://127.0.0.1:{port}/"
-    finally:
-        server.should_exit = True
-        await running
-
-
-def run(conversation, backend: FakeBackend | None = None, **config: object) -> None:
-    """Let `conversation` talk to a service, whose address and backend it is given."""
-
-    async def talk() -> None:
-        found = backend or FakeBackend()
-        async with served(found, **config) as address:
-            await conversation(address, found)
-
-    asyncio.run(talk())
-
-
-async def said(socket) -> dict:
-    answer = await socket.recv()
-    return json.loads(answer) if isinstance(answer, str) else unpackb(answer)
-
-
-async def turn(socket, content: dict) -> dict:
-    await socket.send(packb(content))
-    return await said(socket)
-
-
-async def until(condition) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
-
-
-async def metrics(address: str) -> str:
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rsplit(":", 1)[1].strip("/")))
-    writer.write(b"GET /metrics HTTP/1.0\r\nHost: x\r\n\r\n")
-    text = (await reader.read()).decode()
-    writer.close()
-    return text
 
 
 def test_openpis_client_works_unmodified() -> None:
@@ -118,7 +44,7 @@ def test_openpis_client_works_unmodified() -> None:
         await asyncio.to_thread(talk, address)
         assert [asked.stream.decision for asked, _ in backend.asked] == [0, 1, 2, 3]
         seen = backend.asked[0][0].observation
-        assert np.array_equal(seen.images["top"], SEEN.images["top"])
+        assert np.array_equal(seen.images["top"], IMAGE)
         assert np.array_equal(seen.state, SEEN.state)
         assert seen.instruction == SEEN.instruction
 
@@ -226,15 +152,15 @@ def test_a_lost_connection_cancels_too() -> None:
 
 
 VIEWS = [
-    {"observation/image": SEEN.images["top"]},
-    {"observation/top": SEEN.images["top"]},
-    {"observation/top_image": SEEN.images["top"]},
-    {"image": SEEN.images["top"]},
-    {"images": {"top": SEEN.images["top"]}},
-    {"images": {"top": SEEN.images["top"], "side": "ignored"}, "more": [1, 2]},
-    {"kinect": SEEN.images["top"]},
-    {"images": {"cam_high": SEEN.images["top"]}},
-    {"observation/image": SEEN.images["top"].transpose(2, 0, 1)},
+    {"observation/image": IMAGE},
+    {"observation/top": IMAGE},
+    {"observation/top_image": IMAGE},
+    {"image": IMAGE},
+    {"images": {"top": IMAGE}},
+    {"images": {"top": IMAGE, "side": "ignored"}, "more": [1, 2]},
+    {"kinect": IMAGE},
+    {"images": {"cam_high": IMAGE}},
+    {"observation/image": IMAGE.transpose(2, 0, 1)},
 ]
 
 
@@ -255,7 +181,7 @@ def test_cameras_are_found_under_the_keys_of_openpis_robots(view: dict) -> None:
             answer = await turn(socket, frame(**{"observation/image": None} | view))
             assert "actions" in answer, answer
         (asked, _), *_ = backend.asked
-        assert np.array_equal(asked.observation.images["top"], SEEN.images["top"])
+        assert np.array_equal(asked.observation.images["top"], IMAGE)
 
     run(conversation, actions={"models": models})
 
@@ -287,11 +213,11 @@ def test_state_and_prompt_are_found_under_other_keys_too() -> None:
 
 BAD = [
     ({"observation/image": None}, "no camera 'top'"),
-    ({"image": SEEN.images["top"]}, "both show camera 'top'"),
+    ({"image": IMAGE}, "both show camera 'top'"),
     ({"observation/image": "x"}, "is no array"),
     ({"observation/image": [[1]]}, "is no array"),
-    ({"observation/image": SEEN.images["top"].astype(np.float32)}, "is float32"),
-    ({"observation/image": SEEN.images["top"][0]}, "is uint8 [16, 3]"),
+    ({"observation/image": IMAGE.astype(np.float32)}, "is float32"),
+    ({"observation/image": IMAGE[0]}, "is uint8 [16, 3]"),
     ({"observation/image": np.array(["a"])}, "the policy expects"),
     ({"observation/state": None}, "has shape [0]"),
     ({"observation/state": np.array([np.nan, 0])}, "not finite in x"),
@@ -348,140 +274,6 @@ def test_a_frame_at_fault_begins_no_episode() -> None:
     run(conversation)
 
 
-async def ending(socket) -> tuple[int, str, list]:
-    """Return how the server closes the connection, and what it has said before."""
-    before = []
-    while True:
-        try:
-            before.append(await socket.recv())
-        except ConnectionClosedError as closed:
-            return closed.rcvd.code, closed.rcvd.reason, before
-
-
-VIOLATIONS = [
-    ("hello", 1008, "text frames are not understood"),
-    (b"", 1008, "not MessagePack"),
-    (b"\xc1", 1008, "not MessagePack"),
-    (b"\x81\xa1a\xdd\xff\xff\xff\xff", 1008, "max_array_len"),
-    (b"\x81\xa1a" + b"\x91" * 3000, 1008, "not MessagePack"),
-    (msgpack.packb([1, 2]), 1008, "no map"),
-    (msgpack.packb({"a": msgpack.ExtType(1, b"")}), 1008, "extensions"),
-    (packb(frame())[:-1], 1008, "incomplete"),
-    (b"\x00" * 5000, 1009, "send at most 4096"),
-    (msgpack.packb({"image": {b"__ndarray__": True, b"data": b"", b"dtype": "|u1", b"shape": [2**40]}}),
-     1008, "shape"),
-    (msgpack.packb({"image": {b"__ndarray__": True, b"data": b"x", b"dtype": "O", b"shape": [1]}}),
-     1008, "refused"),
-]  # fmt: skip
-
-
-def test_a_hostile_frame_ends_its_session_and_no_other() -> None:
-    async def conversation(address: str, backend: FakeBackend) -> None:
-        async with connect(address) as other:
-            await said(other)
-            for sent, code, words in VIOLATIONS:
-                async with connect(address) as socket:
-                    await said(socket)
-                    await socket.send(sent)
-                    found, reason, before = await ending(socket)
-                assert found == code, (sent[:20], reason)
-                assert words in reason
-                assert all(words in json.loads(text)["error"]["message"] for text in before)
-            assert "actions" in await turn(other, frame())
-
-    run(conversation, limits={"max_body_bytes": 4096})
-
-
-def test_nobody_gets_in_without_a_key() -> None:
-    async def conversation(address: str, backend: FakeBackend) -> None:
-        for path, headers, status, words in [
-            ("", None, 401, "asks for a key"),
-            (STREAM, {"Authorization": "Bearer wrong"}, 401, "of this service's"),
-            (STREAM, {"Authorization": f"Basic {TOKEN}"}, 401, "another form"),
-            (f"?key={TOKEN}", None, 400, "keys do not belong in addresses"),
-            (f"?TOKEN={TOKEN}", {"Authorization": f"Bearer {TOKEN}"}, 400, "keys do not belong"),
-            ("", [("Authorization", f"Bearer {TOKEN}"), ("Authorization", "x")], 401, "given twice"),
-        ]:
-            with pytest.raises(InvalidStatus) as raised:
-                await connect(address + path, additional_headers=headers)
-            response = raised.value.response
-            assert response.status_code == status
-            assert response.headers["x-request-id"]
-            message = json.loads(response.body)["error"]["message"]
-            assert words in message
-            assert TOKEN not in message
-        for scheme in ("Bearer", "Api-Key", "api-key"):
-            async with connect(address, additional_headers={"Authorization": f"{scheme} {TOKEN}"}) as socket:
-                await said(socket)
-
-    run(conversation, keys=KEYS)
-
-
-def test_a_session_cannot_be_opened_with_what_the_policy_cannot_do() -> None:
-    async def conversation(address: str, backend: FakeBackend) -> None:
-        for query, status, words in [
-            ("?selection=oracle", 400, "selection"),
-            ("?num_candidates=99&selection=random", 400, "give at most 16"),
-            ("?num_candidates=x", 400, "num_candidates"),
-            ("?num_candidates=2", 400, "no meaning for selection=greedy"),
-            ("?seed=-1", 400, "seed"),
-            ("?colour=red", 400, "leave it out"),
-            ("?model=digits", 400, "is no policy"),
-            ("?model=nobody", 404, "is not served"),
-            ("?model=", 400, "model"),
-        ]:
-            with pytest.raises(InvalidStatus) as raised:
-                await connect(address + STREAM + query)
-            assert raised.value.response.status_code == status
-            assert words in json.loads(raised.value.response.body)["error"]["message"]
-
-    run(conversation)
-
-
-def test_there_are_so_many_sessions_and_no_more() -> None:
-    async def conversation(address: str, backend: FakeBackend) -> None:
-        async with connect(address) as first:
-            await said(first)
-            async with connect(address) as second:
-                code, reason, before = await ending(second)
-            assert (code, before) == (1013, [])
-            assert "1 sessions are open" in reason
-            assert "actions" in await turn(first, frame())
-        async with connect(address) as third:
-            assert "model" in await said(third)
-
-    run(conversation, limits={"max_sessions": 1})
-
-
-def test_each_decision_counts_against_the_keys_rate() -> None:
-    async def conversation(address: str, backend: FakeBackend) -> None:
-        async with connect(address, additional_headers={"Authorization": f"Bearer {TOKEN}"}) as socket:
-            await said(socket)
-            told = await turn(socket, frame())
-            assert told["error"]["code"] == "rate_limit_exceeded"
-        assert backend.started == 0
-
-    run(conversation, keys=[KEYS[0] | {"requests_per_minute": 1}])
-
-
-def test_errors_of_the_backend_are_told_and_the_session_goes_on() -> None:
-    async def conversation(address: str, backend: FakeBackend) -> None:
-        async with connect(address, additional_headers={"x-deadline-ms": "250"}) as socket:
-            await said(socket)
-            backend.error = ApiError("unavailable", "no replica", retry_after=1.0)
-            assert (await turn(socket, frame()))["error"]["message"] == "no replica"
-            backend.error = None
-            assert "actions" in await turn(socket, frame())
-            assert {deadline for _, deadline in backend.asked} == {0.25}
-            backend.error = RuntimeError("/secret/path")
-            await socket.send(packb(frame()))
-            code, reason, before = await ending(socket)
-            assert (code, before) == (1011, [])
-            assert "secret" not in reason
-
-    run(conversation)
-
-
 def test_a_promotion_is_told_and_what_the_new_weights_expect_is_followed() -> None:
     async def conversation(address: str, backend: FakeBackend) -> None:
         async with connect(address) as socket:
@@ -495,14 +287,3 @@ def test_a_promotion_is_told_and_what_the_new_weights_expect_is_followed() -> No
             assert "the policy expects [3] (x, y, z)" in told["error"]["message"]
 
     run(conversation)
-
-
-def test_keys_of_the_configuration_that_fit_no_camera_are_the_services_fault() -> None:
-    models = [{"name": "blocks", "checkpoint": "policy@7", "keys": {"k": "elbow"}}]
-
-    async def conversation(address: str, backend: FakeBackend) -> None:
-        with pytest.raises(InvalidStatus) as raised:
-            await connect(address)
-        assert raised.value.response.status_code == 503
-
-    run(conversation, actions={"models": models})

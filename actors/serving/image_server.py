@@ -1,6 +1,7 @@
 """The deployment that hosts image generators."""
 
 import asyncio
+import logging
 from typing import Any
 
 import ray
@@ -13,6 +14,11 @@ from actors.serving.errors import ApiError
 from actors.serving.host import Loaded, ModelHost
 from actors.serving.image_model import ImageModel, canary
 from actors.serving.messages import ImageAnswer, ImageRequest, Work
+
+logger = logging.getLogger(__name__)
+
+UNLISTED_STEPS = 4
+"""Most steps of a model that the configuration does not name, be it a teacher of many."""
 
 
 class ImageServer(ModelHost[ImageModel]):
@@ -47,11 +53,21 @@ class ImageServer(ModelHost[ImageModel]):
     async def generate(self, request: ImageRequest, deadline_s: float) -> ImageAnswer:
         """Return the images; being cancelled gives up their place in the batch."""
         loaded = await self.opened(request.model)
-        future = self.engine.submit(loaded.model, request, deadline_s)
+        try:
+            future = self.engine.submit(loaded.model, request, deadline_s)
+        except ValueError as error:
+            raise ApiError("invalid_value", str(error)) from error
+        except RuntimeError as error:  # closed
+            raise ApiError(
+                "unavailable", "this replica is shutting down: try again", retry_after=1.0
+            ) from error
         try:
             answer = await asyncio.wrap_future(future)
         except TimeoutError as error:
             raise ApiError("deadline_exceeded", f"no images within {deadline_s:.3g} s: try later") from error
+        except Exception as error:
+            logger.exception("a request failed")
+            raise ApiError("internal_error", "the model failed on this request") from error
         work = Work(
             loaded.version, self.replica, answer.queued_s, answer.compute_s, answer.evaluations,
             answer.batch_size,
@@ -79,7 +95,7 @@ class ImageServer(ModelHost[ImageModel]):
         return {
             "classes": list(names) or [str(label) for label in range(model.classes)],
             "height": side, "width": side, "channels": channels,
-            "max_steps": listed[0].max_steps if listed else model.max_steps,
+            "max_steps": min(listed[0].max_steps if listed else UNLISTED_STEPS, model.max_steps),
             "exact_batch_sizes": list(model.sizes),
         }  # fmt: skip
 

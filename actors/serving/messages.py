@@ -34,7 +34,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Images of one class; all that is random in them follows from `seed`, the label and the image's index."""
+    """Images of one class; what is random follows from `seed`, the label and the image's index."""
 
     model: str
     label: int
