@@ -120,6 +120,13 @@ class Batcher(Generic[Item, Answer]):
         return request.answers
 
     @property
+    def thread_id(self) -> int:
+        """The native id of the thread that computes."""
+        native = self._thread.native_id
+        assert native is not None  # it was started
+        return native
+
+    @property
     def alive(self) -> bool:
         """Whether its thread is still there to compute."""
         return self._thread.is_alive()

@@ -322,7 +322,10 @@ def complaint(asked: Malformed, response: Any) -> str | None:
         return f"code {code!r} of type {kind!r}"
     if not (param is None or isinstance(param, str)):
         return f"param {param!r}"
-    if asked.field is not None and not (param == asked.field or f"{param}".startswith(f"{asked.field}.")):
+    # Noise in a header may be a fault of its own, which Serve's proxy finds first.
+    noisy = param in {name for name, value in asked.headers if not value.isascii()}
+    named = param == asked.field or f"{param}".startswith(f"{asked.field}.")
+    if asked.field is not None and not (named or noisy):
         return f"param {param!r}, the fault is in {asked.field!r}: {message!r}"
     return None if response.headers.get("x-request-id") else "no x-request-id"
 

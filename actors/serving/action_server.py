@@ -16,6 +16,7 @@ from actors.serving.hosted_policy import GREEDY, Asked, HostedPolicy
 from actors.serving.image_server import replica_name
 from actors.serving.messages import ActionAnswer, ActionRequest, Work
 from actors.serving.policy_probe import made_up
+from actors.serving.priority import step_back
 from counterpoint.actions.tokenizer import Undecodable
 from counterpoint.selection.config import SelectionConfig
 from counterpoint.selection.decision import Decision, Stream
@@ -37,6 +38,7 @@ class ActionServer(ModelHost[HostedPolicy]):
         self.replica = replica_name()
         batching = self.settings.batching
         self.batcher: Batcher[Asked, Decision] = Batcher(_decide, batching.max_batch, batching.max_wait)
+        step_back(but=[self.batcher.thread_id])
         super().__init__(config.root, config.actions)
 
     def load(self, checkpoint: str) -> Loaded[HostedPolicy]:
@@ -85,7 +87,8 @@ async def answered(
     """Return the decision of `hosted`, computed by `batcher` with others of the same selection.
 
     Raises ApiError: invalid_value for an observation or a mask that does not fit, deadline_exceeded,
-    internal_error where the policy has no action to offer or fails. Being cancelled drops the request.
+    no_action where the policy has none to offer, internal_error where it fails. Being cancelled drops the
+    request.
     """
     try:
         observation = hosted.fitted(request.observation, request.selection)
@@ -102,7 +105,7 @@ async def answered(
         raise ApiError("deadline_exceeded", f"no decision within {deadline_s:.3g} s: try later") from error
     except Undecodable as error:
         raise ApiError(
-            "internal_error",
+            "no_action",
             "the policy has no action to offer: neither a candidate nor its greedy chunk can be decoded; "
             "try another seed, or more candidates",
         ) from error

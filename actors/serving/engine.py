@@ -143,6 +143,13 @@ class Engine:
         self._thread.start()
 
     @property
+    def thread_id(self) -> int:
+        """The native id of the engine's thread."""
+        native = self._thread.native_id
+        assert native is not None  # it was started
+        return native
+
+    @property
     def alive(self) -> bool:
         """Whether the engine's thread is there to answer."""
         return self._thread.is_alive()

@@ -3,13 +3,14 @@
 from typing import Any, Literal
 
 Code = Literal[
-    "invalid_value", "invalid_api_key", "model_not_found", "not_found", "method_not_allowed", "body_too_large",
-    "rate_limit_exceeded", "queue_full", "deadline_exceeded", "unavailable", "internal_error",
+    "invalid_value", "invalid_api_key", "model_not_found", "not_found", "method_not_allowed",
+    "body_too_large", "no_action", "rate_limit_exceeded", "queue_full", "deadline_exceeded", "unavailable",
+    "internal_error",
 ]  # fmt: skip
 STATUS: dict[Code, int] = {
     "invalid_value": 400, "invalid_api_key": 401, "model_not_found": 404, "not_found": 404,
-    "method_not_allowed": 405, "body_too_large": 413, "rate_limit_exceeded": 429, "queue_full": 429,
-    "deadline_exceeded": 504, "unavailable": 503, "internal_error": 500,
+    "method_not_allowed": 405, "body_too_large": 413, "no_action": 422, "rate_limit_exceeded": 429,
+    "queue_full": 429, "deadline_exceeded": 504, "unavailable": 503, "internal_error": 500,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.serving.app import create_app
 from actors.serving.config import ServiceConfig
+from actors.serving.priority import step_back
 from actors.serving.remote import RemoteModels
 
 
@@ -20,6 +21,7 @@ class Gateway:
         actions: DeploymentHandle[Any] | None,
         simulator: DeploymentHandle[Any] | None,
     ) -> None:
+        step_back()
         self.config = config
         self.backend = RemoteModels(config, images, actions, simulator)
 

@@ -14,6 +14,7 @@ from actors.serving.errors import ApiError
 from actors.serving.host import Loaded, ModelHost
 from actors.serving.image_model import ImageModel, canary
 from actors.serving.messages import ImageAnswer, ImageRequest, Work
+from actors.serving.priority import step_back
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class ImageServer(ModelHost[ImageModel]):
         self.settings = config.images
         self.device = torch.device(self.settings.devices or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.engine = Engine(self.settings.batching)
+        step_back(but=[self.engine.thread_id])
         self.replica = replica_name()
         super().__init__(config.root, config.images)
 

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from actors.serving.error_responses import error_response
 from actors.serving.errors import ApiError
+from actors.serving.priority import step_back
 
 CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "actors.serving.proxy_headers.middlewares")
 """The environment variable, and its value."""
@@ -36,7 +37,8 @@ class DecodableHeaders:
 
 
 def middlewares() -> list[Middleware]:
-    """Return what every proxy of Serve shall pass its requests through."""
+    """Return what every proxy of Serve shall pass its requests through; it is called in the proxy."""
+    step_back()
     return [Middleware(DecodableHeaders)]
 
 
