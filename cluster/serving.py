@@ -23,8 +23,8 @@ POLL_S = 0.25
 BAD = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
-class ServingError(RuntimeError):
-    """Serve could not be reached, or did not do what it was asked."""
+class ServingError(ValueError):
+    """Serve could not be reached, or cannot do what it was asked: the user's to mend, in one line."""
 
 
 def _client(address: str) -> ServeSubmissionClient:

@@ -4,9 +4,12 @@ import base64
 import concurrent.futures
 import io
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +20,15 @@ import numpy as np
 import openai
 import page_steps
 import pytest
+import websockets.exceptions
 import websockets.sync.client
+import yaml
 from malformed import hammer
 from PIL import Image
 from served import Service, serving
 
 from actors.serving.frames import pack, unpack
+from cluster.serving import Serving
 from cluster.storage import RunStore
 from counterpoint.environments.config import EnvironmentConfig, build_environment
 from counterpoint.policies.bundle import PolicyBundle
@@ -31,8 +37,9 @@ from counterpoint.selection.choice import decide
 from counterpoint.selection.config import SelectionConfig
 from counterpoint.selection.decision import Stream
 from jobs.runs import load_pipeline
+from jobs.serve import write_manifest
 from jobs.serve_promote import promote, rollback
-from jobs.serve_settings import PromoteConfig, RollbackConfig
+from jobs.serve_settings import ManifestConfig, PromoteConfig, RollbackConfig
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 CONFIG: dict[str, Any] = {
@@ -42,7 +49,8 @@ CONFIG: dict[str, Any] = {
             {"name": "teacher", "checkpoint": "teacher", "max_steps": 1000},
         ],
         "replicas": {"count": 2, "cpus": 0.1},
-        "resident": 2,
+        "resident": 1,
+        "unlisted": True,
     },
     "actions": {"models": [{"name": "blocks", "checkpoint": "policy"}], "replicas": {"cpus": 0.1}},
     "simulator": {"cpus": 0.1},
@@ -121,6 +129,29 @@ def test_an_answer_is_the_same_bits_alone_and_among_others(client: httpx2.Client
         assert one["data"] == other["data"]
 
 
+def test_models_that_take_turns_in_memory_stay_themselves(service: Service, client: httpx2.Client) -> None:
+    questions = [{"model": "digits"}, {"model": "teacher", "num_inference_steps": 8}]
+    first = [asked(client, prompt="3", seed=2, **question) for question in questions]
+    assert first[0]["version"] != first[1]["version"]
+    for _ in range(2):
+        again = [asked(client, prompt="3", seed=2, **question) for question in questions]
+        assert [answer["data"] for answer in again] == [answer["data"] for answer in first]
+
+
+def test_a_checkpoint_below_the_root_may_be_named_and_no_other(
+    service: Service, client: httpx2.Client
+) -> None:
+    step = max(int(path.name[5:]) for path in (service.folder / "student/checkpoints").iterdir())
+    named = asked(client, model=f"student@{step}", prompt="3", seed=2)
+    assert named["version"].startswith(f"student@{step}-")
+    assert named["data"] == asked(client, prompt="3", seed=2)["data"]  # the run ended with that step
+    for name in ("../student", "/etc", "student@999999", "student/../teacher", "nobody"):
+        refused = client.post("/v1/images/generations", json={"model": name, "prompt": "3"})
+        assert refused.status_code == 404
+        assert refused.json()["error"]["param"] == "model"
+        assert str(service.folder) not in refused.text
+
+
 def test_a_websocket_client_gets_what_the_policy_decides(service: Service) -> None:
     bundle = PolicyBundle.load(service.folder / "policy/policy")
     shown = build_environment(EnvironmentConfig()).start(5)
@@ -141,6 +172,23 @@ def test_a_websocket_client_gets_what_the_policy_decides(service: Service) -> No
             assert answer["decision"] == decision
     assert metadata["version"] == answer["version"]
     assert answer["policy_timing"]["infer_ms"] > 0
+
+
+def test_an_openpi_client_is_served_at_the_root_and_a_bad_one_refused(service: Service) -> None:
+    shown = build_environment(EnvironmentConfig()).start(5)
+    address = service.url.replace("http", "ws")
+    question = {
+        "observation/image": shown.images["front"], "observation/state": shown.state, "prompt": "x" * 2**21,
+    }  # fmt: skip
+    with websockets.sync.client.connect(address, max_size=None, compression=None) as session:
+        assert unpack(session.recv(), 2**20)["version"]
+        session.send(pack(question))  # a frame of two megabytes, with words that the policy does not know
+        assert json.loads(session.recv())["error"]["code"] == "invalid_value"
+        session.send(pack(question | {"prompt": shown.instruction}))
+        assert unpack(session.recv(), 2**20)["actions"].dtype == np.float32
+    with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
+        websockets.sync.client.connect(f"{address}/v1/actions/stream?model=nobody")
+    assert refused.value.response.status_code == 404
 
 
 def test_the_page_makes_pictures_and_plays_an_episode(service: Service) -> None:
@@ -229,6 +277,22 @@ def test_a_promotion_under_load_drops_nothing_and_can_be_taken_back(
     assert set(service.replicas("ImageServer")) == replicas
     with pytest.raises(ValueError, match="nothing to go back to"):
         rollback(RollbackConfig(model="digits", dashboard=service.dashboard))
+
+
+def test_the_file_for_serve_deploy_is_taken_as_it_is(service: Service, client: httpx2.Client) -> None:
+    replicas = {name: set(service.replicas(name)) for name in ("Gateway", "ImageServer", "ActionServer")}
+    out = service.folder / "deploy.yaml"
+    source = yaml.safe_load((service.folder / "serve.yaml").read_text())
+    write_manifest(ManifestConfig.model_validate(source | {"out": str(out)}))
+    environment = os.environ | {"RAY_AUTH_MODE": "token"}
+    done = subprocess.run(
+        [Path(sys.executable).parent / "serve", "deploy", str(out), "-a", service.dashboard],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    Serving(service.dashboard).wait("counterpoint", 60.0)
+    asked(client)
+    assert {name: set(service.replicas(name)) for name in replicas} == replicas
 
 
 def test_a_checkpoint_that_is_damaged_is_not_promoted(service: Service, client: httpx2.Client) -> None:
