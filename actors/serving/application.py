@@ -34,8 +34,8 @@ def build(args: Mapping[str, Any]) -> Application:
     if config.simulator is not None:
         from actors.serving.stage_server import StageServer
 
-        simulator = serve.deployment(StageServer, name=SIMULATOR).bind(config, actions)
-    return serve.deployment(serve.ingress()(Gateway), name=GATEWAY).bind(config, images, actions, simulator)
+        simulator = serve.deployment(name=SIMULATOR)(StageServer).bind(config, actions)
+    return serve.deployment(name=GATEWAY)(serve.ingress()(Gateway)).bind(config, images, actions, simulator)
 
 
 def serve_config(config: ServiceConfig, runtime_env: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class RemoteModels:
         """Play an episode in the simulator and yield its events."""
         if self.simulator is None:
             raise ApiError("not_found", "this service has no simulator: add `simulator` to its configuration")
-        events = self.simulator.options(stream=True).play.remote(model, selection, seed)
+        events: Any = self.simulator.options(stream=True).play.remote(model, selection, seed)
         deadline = time.monotonic() + deadline_s
         try:
             while True:  # whoever asks for the next event may be another task than the one before

@@ -5,7 +5,7 @@ import contextlib
 import io
 import logging
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -62,7 +62,7 @@ class Simulator:
 
     async def play(
         self, choose: Choose, seed: int, execute: int | None = None
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Play the episode of `seed` and yield its events, as `Backend.play` describes them.
 
         `choose` is asked once a chunk, of which `execute` steps are taken (None: as many as the environment's
