@@ -36,7 +36,8 @@ class Backend(Protocol):
         {"event": "start", "instruction", "seed", "max_steps", "action_space"},
         {"event": "decision", "step", "image" (PNG, base64), "chosen", "actions", "candidates" (null where
         undecodable), "confidences", "work"} for each decision,
-        {"event": "end", "success", "outcome", "steps", "image"}. JSON-able; numbers that are not finite are null.
+        {"event": "end", "success", "outcome", "steps", "image"}.
+        JSON-able; numbers that are not finite are null.
         """
         ...
 
