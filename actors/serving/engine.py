@@ -5,35 +5,18 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from actors.serving.config import BatchingConfig
 from actors.serving.image_model import ImageModel
 from actors.serving.messages import ImageRequest
+from actors.serving.orders import EngineAnswer, Order, check
 from counterpoint.inflight import Chain, advance
-from counterpoint.seeds import generator
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineAnswer:
-    """The images of a request, and what it took to make them."""
-
-    images: np.ndarray
-    """uint8 [n,H,W,C]."""
-    queued_s: float
-    """From arrival to the first evaluation."""
-    compute_s: float
-    """From the first evaluation's start to the last one's end, neighbours and waiting in between included."""
-    evaluations: int
-    """Evaluations that the request took part in."""
-    batch_size: float
-    """Mean rows of those, of all who took part; what they were filled up with is not counted."""
 
 
 @dataclass(frozen=True)
@@ -56,68 +39,6 @@ class EngineStatistics:
     """Requests with images under way."""
 
 
-@dataclass(eq=False)
-class _Order:
-    """A request on its way; its chains belong to the engine's thread."""
-
-    model: ImageModel
-    request: ImageRequest
-    arrived: float
-    deadline: float | None
-    future: "Future[EngineAnswer]" = field(default_factory=Future)
-    flying: dict[int, Chain] = field(default_factory=dict)
-    """Images under way, by their index."""
-    landed: dict[int, np.ndarray] = field(default_factory=dict)
-    """Finished images, uint8 [H,W,C]."""
-    begun: float = 0.0
-    batches: list[int] = field(default_factory=list)
-    """Rows of each evaluation that it took part in."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of each of its images."""
-        return 1 if self.request.guidance_scale == 1.0 else 2
-
-    @property
-    def unborn(self) -> range:
-        """Images that are not yet under way."""
-        return range(len(self.flying) + len(self.landed), self.request.count)
-
-    def board(self, index: int) -> None:
-        """Begin an image; its noise is that of `jobs.sample`."""
-        asked = self.request
-        stream = generator(asked.seed, "sample", asked.label, index)
-        self.flying[index] = Chain(
-            self.model.unet, self.model.scheduler, asked.label, asked.steps, asked.guidance_scale, stream
-        )
-
-    def settle(self, now: float) -> None:
-        """Take what has finished out of the batch; answer once that is all."""
-        for index in [index for index, chain in self.flying.items() if chain.done]:
-            self.landed[index] = _pixels(self.flying.pop(index))
-        if len(self.landed) == self.request.count:
-            images = np.stack([self.landed[index] for index in range(self.request.count)])
-            taken = EngineAnswer(
-                images, self.begun - self.arrived, now - self.begun, len(self.batches),
-                sum(self.batches) / len(self.batches),
-            )  # fmt: skip
-            self._resolve(taken)
-
-    def fail(self, error: Exception) -> None:
-        """Answer with an error; nobody else's."""
-        self._resolve(error)
-
-    def _resolve(self, answer: EngineAnswer | Exception) -> None:
-        self.flying.clear()
-        try:
-            if isinstance(answer, Exception):
-                self.future.set_exception(answer)
-            else:
-                self.future.set_result(answer)
-        except InvalidStateError:  # it was cancelled a moment ago
-            return
-
-
 class Engine:
     """Makes the images of many callers' requests in evaluations that they share, in a thread of its own.
 
@@ -131,7 +52,7 @@ class Engine:
 
     def __init__(self, batching: BatchingConfig) -> None:
         self.batching = batching
-        self._orders: list[_Order] = []
+        self._orders: list[Order] = []
         """Unfinished requests, oldest first."""
         self._changed = threading.Condition()
         self._closed = False
@@ -163,9 +84,9 @@ class Engine:
         `deadline_s` seconds from now, RuntimeError if the engine is closed first, and what the model raises.
         Raises ValueError for a request that does not fit the model, and RuntimeError once closed.
         """
-        _check(model, request)
+        check(model, request)
         now = time.monotonic()
-        order = _Order(model, request, now, None if deadline_s is None else now + deadline_s)
+        order = Order(model, request, now, None if deadline_s is None else now + deadline_s)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")
@@ -229,7 +150,7 @@ class Engine:
                 order.fail(error)
         self._live()
 
-    def _live(self) -> list[_Order]:
+    def _live(self) -> list[Order]:
         """Drop requests that are finished, cancelled or late, and return the others."""
         now = time.monotonic()
         with self._changed:
@@ -244,7 +165,7 @@ class Engine:
     def _room(self, model: ImageModel) -> int:
         return min(self.batching.max_batch, max(model.sizes))
 
-    def _board(self, orders: Sequence[_Order]) -> None:
+    def _board(self, orders: Sequence[Order]) -> None:
         """Begin images while there is room, oldest request first; one always, be it of more rows."""
         room = self._room(orders[0].model)
         taken = sum(order.rows * len(order.flying) for order in orders)
@@ -259,7 +180,7 @@ class Engine:
                     break
                 taken += order.rows
 
-    def _step(self, orders: Sequence[_Order]) -> None:
+    def _step(self, orders: Sequence[Order]) -> None:
         """Move the images of `orders` on; if that fails, each order's alone, to find whose fault it was."""
         if not orders:
             return
@@ -305,23 +226,3 @@ class Engine:
                     seconds=done.seconds + time.perf_counter() - begun,
                 )
         return rows
-
-
-def _check(model: ImageModel, request: ImageRequest) -> None:
-    """Raise ValueError, in a line, for a request that the model cannot serve."""
-    if not 0 <= request.label < model.classes:
-        raise ValueError(f"label={request.label} must be a class from 0 to {model.classes - 1}")
-    if not 1 <= request.steps <= model.max_steps:
-        raise ValueError(f"steps={request.steps}: the model takes 1 to {model.max_steps}")
-    if request.count < 1:
-        raise ValueError(f"count={request.count}: ask for at least 1 image")
-    if not np.isfinite(request.guidance_scale):
-        raise ValueError(f"guidance_scale={request.guidance_scale} must be a finite number, 1 for none")
-
-
-def _pixels(chain: Chain) -> np.ndarray:
-    """Return a finished chain's image as uint8 [H,W,C]; ArithmeticError if it is not finite."""
-    image = chain.image.float().cpu().numpy()
-    if not np.isfinite(image).all():
-        raise ArithmeticError("the model's image is not finite")
-    return np.rint((np.clip(image, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8).transpose(1, 2, 0)
