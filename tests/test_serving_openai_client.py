@@ -333,7 +333,7 @@ def test_a_key_that_asks_too_often_is_told_to_wait(served, naps):
         (ApiError("unavailable", "no replica answers", retry_after=1.0), 503, "unavailable"),
         (ApiError("deadline_exceeded", "no answer within 30 s"), 504, "deadline_exceeded"),
         (ApiError("internal_error", "the model failed on this request"), 500, "internal_error"),
-        (RuntimeError("/work/main/secret.py broke"), 500, "internal_error"),
+        (RuntimeError("/srv/app/secret.py broke"), 500, "internal_error"),
     ],
 )
 def test_faults_of_the_service_are_server_errors_and_tried_again(served, naps, fault, status, code):

@@ -146,7 +146,7 @@ def told(message="n=0 is too few", kind="invalid_request_error", param="n", code
         (400, "<html>", "no JSON"),
         (400, '{"detail": []}', "not in form"),
         (400, told(message=""), "message ''"),
-        (400, told(message='File "/work/main/app.py", line 3'), "leaks"),
+        (400, told(message='File "/srv/app/app.py", line 3'), "leaks"),
         (400, told(kind="server_error"), "of type"),
         (400, told(code="oops"), "code 'oops'"),
         (400, told(param=None), "the fault is in 'n'"),

@@ -1,5 +1,6 @@
 """What the deployments that host models have in common: which checkpoints they hold, and how they change."""
 
+import abc
 import asyncio
 import logging
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ class Loaded(Generic[M]):
     details: Mapping[str, Any]
 
 
-class ModelHost(Generic[M]):
+class ModelHost(abc.ABC, Generic[M]):
     """A replica that hosts models by name; subclasses say how one is loaded and tried.
 
     `user_config` is `{"models": {name: {"checkpoint": ..., "previous": ...}}}`. A change of it loads what is
@@ -47,17 +48,20 @@ class ModelHost(Generic[M]):
             self.load, self.canary, self.check_unlisted if hosted.unlisted else None
         )
 
+    @abc.abstractmethod
     def load(self, checkpoint: str) -> Loaded[M]:
         """Load a checkpoint; ValueError, in one line without paths, if it is missing or damaged."""
-        raise NotImplementedError
+        ...
 
+    @abc.abstractmethod
     def canary(self, loaded: Loaded[M]) -> None:
         """Ask a new checkpoint one question; ValueError if the answer is unfit."""
-        raise NotImplementedError
+        ...
 
+    @abc.abstractmethod
     def check_unlisted(self, name: str) -> str:
         """Return the checkpoint that an unlisted `name` stands for; ValueError if there is none."""
-        raise NotImplementedError
+        ...
 
     async def slot(self, name: str) -> Slot[Loaded[M]]:
         """Have a model in memory."""
