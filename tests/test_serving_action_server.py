@@ -313,7 +313,9 @@ def test_what_a_policy_does_not_look_at_does_not_keep_observations_apart() -> No
         hosted.fitted(first, SelectionConfig(rule="masked_condition", mask="state"))
 
 
-def test_a_server_loads_describes_and_answers(tmp_path) -> None:
+def test_a_server_loads_describes_and_answers(tmp_path, monkeypatch) -> None:
+    # The tests' own process keeps its niceness.
+    monkeypatch.setattr("actors.serving.action_server.step_back", lambda but: None)
     toy_bundle().save(tmp_path / "run" / "policy")
     seal(RunStore(str(tmp_path / "run")), "policy")
     config = ServiceConfig.model_validate(

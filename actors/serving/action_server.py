@@ -46,7 +46,16 @@ class ActionServer(ModelHost[HostedPolicy]):
         bundle, version, created = load_policy(locate(self.root, checkpoint), self.device)
         batching = self.settings.batching
         hosted = HostedPolicy(bundle, version, batching.max_batch, batching.exact)
-        return Loaded(hosted, checkpoint, version, created, _details(hosted))
+        return Loaded(hosted, checkpoint, version, created)
+
+    def details(self, name: str, model: HostedPolicy) -> dict[str, Any]:
+        """Return the policy's spaces and conditions."""
+        bundle = model.bundle
+        return {
+            "observation_space": bundle.observation_space.model_dump(mode="json"),
+            "action_space": bundle.action_space.model_dump(mode="json"),
+            "conditions": sorted(bundle.policy.conditions),
+        }
 
     def canary(self, loaded: Loaded[HostedPolicy]) -> None:
         """Choose on noise."""
@@ -120,12 +129,3 @@ async def answered(
 def _decide(key: tuple[HostedPolicy, SelectionConfig], asked: list[Asked]) -> Sequence[Decision]:
     hosted, selection = key
     return hosted.decide(asked, selection)
-
-
-def _details(hosted: HostedPolicy) -> dict[str, Any]:
-    bundle = hosted.bundle
-    return {
-        "observation_space": bundle.observation_space.model_dump(mode="json"),
-        "action_space": bundle.action_space.model_dump(mode="json"),
-        "conditions": sorted(bundle.policy.conditions),
-    }

@@ -25,7 +25,6 @@ class Loaded(Generic[M]):
     checkpoint: str
     version: str
     created: int
-    details: Mapping[str, Any]
 
 
 class ModelHost(abc.ABC, Generic[M]):
@@ -42,6 +41,8 @@ class ModelHost(abc.ABC, Generic[M]):
     def __init__(self, root: str, hosted: HostedConfig) -> None:
         self.root, self.hosted = root, hosted
         self.wanted: dict[str, str] = {}
+        self.listed: dict[str, tuple[str | None, ...]] = {}
+        """Checkpoints that each name stands for, or stood for until its last promotion."""
         self.infos: dict[str, ModelInfo] = {}
         """What was last known of each listed model, in memory or not."""
         self.shelf: Shelf[Loaded[M]] = Shelf(
@@ -63,6 +64,11 @@ class ModelHost(abc.ABC, Generic[M]):
         """Return the checkpoint that an unlisted `name` stands for; ValueError if there is none."""
         ...
 
+    @abc.abstractmethod
+    def details(self, name: str, model: M) -> dict[str, Any]:
+        """Return what clients are told of `model` under the name by which they know it."""
+        ...
+
     async def slot(self, name: str) -> Slot[Loaded[M]]:
         """Have a model in memory."""
         return await asyncio.to_thread(self.shelf.open, name)
@@ -76,6 +82,7 @@ class ModelHost(abc.ABC, Generic[M]):
         models = user_config["models"]
         first = not self.wanted
         self.wanted = {name: entry["checkpoint"] for name, entry in models.items()}
+        self.listed = {name: (entry["checkpoint"], entry.get("previous")) for name, entry in models.items()}
         if first:
             before = {name: entry.get("previous") or entry["checkpoint"] for name, entry in models.items()}
             await asyncio.to_thread(self.shelf.assign, before)
@@ -123,5 +130,11 @@ class ModelHost(abc.ABC, Generic[M]):
     def _info(self, name: str, loaded: Loaded[M]) -> ModelInfo:
         refused = self.shelf.refused(name)
         return ModelInfo(
-            name, self.kind, loaded.checkpoint, loaded.version, loaded.created, loaded.details, refused
+            name,
+            self.kind,
+            loaded.checkpoint,
+            loaded.version,
+            loaded.created,
+            self.details(name, loaded.model),
+            refused,
         )

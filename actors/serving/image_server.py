@@ -8,7 +8,7 @@ import ray
 import torch
 
 from actors.serving.checkpoints import check, load_images, locate
-from actors.serving.config import ServiceConfig
+from actors.serving.config import ImageModelConfig, ServiceConfig
 from actors.serving.engine import Engine
 from actors.serving.errors import ApiError
 from actors.serving.host import Loaded, ModelHost
@@ -41,7 +41,10 @@ class ImageServer(ModelHost[ImageModel]):
         model, created = load_images(
             locate(self.root, checkpoint), batching.max_batch, batching.exact, self.device
         )
-        return Loaded(model, checkpoint, model.version, created, self._details(checkpoint, model))
+        for entry in self.settings.models:
+            if entry.classes and checkpoint in self.listed.get(entry.name, ()):
+                _check_classes(entry, model)
+        return Loaded(model, checkpoint, model.version, created)
 
     def canary(self, loaded: Loaded[ImageModel]) -> None:
         """Generate one image."""
@@ -85,21 +88,25 @@ class ImageServer(ModelHost[ImageModel]):
         if not self.engine.alive:
             raise RuntimeError("the engine's thread has ended")
 
-    def _details(self, checkpoint: str, model: ImageModel) -> dict[str, Any]:
-        listed = [entry for entry in self.settings.models if self.wanted.get(entry.name) == checkpoint]
-        names = listed[0].classes if listed else ()
+    def details(self, name: str, model: ImageModel) -> dict[str, Any]:
+        """Return the classes' names, the images' shape and the most steps."""
+        entry = next((entry for entry in self.settings.models if entry.name == name), None)
         side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
-        if names and len(names) != model.classes:
-            raise ValueError(
-                f"images.models: {listed[0].name} names {len(names)} classes, its checkpoint has "
-                f"{model.classes}: name each, or none"
-            )
+        names = entry.classes if entry is not None else ()
         return {
             "classes": list(names) or [str(label) for label in range(model.classes)],
             "height": side, "width": side, "channels": channels,
-            "max_steps": min(listed[0].max_steps if listed else UNLISTED_STEPS, model.max_steps),
+            "max_steps": min(entry.max_steps if entry is not None else UNLISTED_STEPS, model.max_steps),
             "exact_batch_sizes": list(model.sizes),
         }  # fmt: skip
+
+
+def _check_classes(entry: ImageModelConfig, model: ImageModel) -> None:
+    if len(entry.classes) != model.classes:
+        raise ValueError(
+            f"images.models: {entry.name} names {len(entry.classes)} classes, its checkpoint has "
+            f"{model.classes}: name each, or none"
+        )
 
 
 def replica_name() -> str:
