@@ -16,5 +16,6 @@ watchdog    deadlines that end a hung worker, and what it died of
 crew        the driver's end of rollout workers: seeds out, episodes in
 conductor   progress out, the wish to stop in
 worker      what a Ray Train worker runs, for every trainer
+telemetry   what the cast tells Prometheus
 training    starting that worker group, and starting it again
 """

@@ -7,6 +7,7 @@ rollout    policies and rules of choosing actions on the same episodes (and what
 evaluate   figures of a finished run on held-out images
 sample     pictures from a finished run
 report     the report of a run, drawn again
+dashboard  the Grafana dashboard of the metrics
 bench      ratios against named rivals: batched heads, the panel in actors, decisions, rollouts
 demo       teacher, student, evaluation and report in one go
 ablate     arms of a study over seeds, and their table
