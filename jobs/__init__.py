@@ -15,6 +15,7 @@ chaos      kills actors of a running demo and tells what became of it
 
 config     from YAML and arguments to a checked configuration (and what of it is in config_*)
 settings   the configuration model of every job
+batch_sizes    workers, micro-batches and samples, checked
 runs       opening a run's storage, finishing it
 launch     a loop where the configuration says, with progress and a tidy stop
 stage      the cast on a cluster: critic hosts and evaluation workers, placed and ready

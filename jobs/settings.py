@@ -19,6 +19,7 @@ from counterpoint.section import Section
 from counterpoint.student import StudentConfig
 from counterpoint.teacher import TeacherConfig
 from counterpoint.unet import UNetConfig
+from jobs.batch_sizes import check_batch_sizes
 
 
 def absolute(uri: str) -> str:
@@ -103,6 +104,11 @@ class TrainConfig(Section):
     trainer: TrainerConfig = TrainerConfig()
     """Workers, checkpoints and failures."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        check_batch_sizes({"teacher.batch_size": self.teacher.batch_size}, self.trainer)
+        return self
+
 
 class DistillConfig(Section):
     """Distil a teacher into a one- to four-step student against a panel of critics."""
@@ -155,4 +161,9 @@ class DistillConfig(Section):
                 "critics.order=critics_first cannot judge before all trainer.accumulate="
                 f"{self.trainer.accumulate} micro-batches have taught heads: set critics.order=student_first"
             )
+        if self.warmup.steps:
+            check_batch_sizes({"warmup.batch_size": self.warmup.batch_size}, self.trainer)
+        levels = self.critics.levels_per_step if self.adversarial.uses_panel else 1
+        if self.adversarial.steps:
+            check_batch_sizes({"adversarial.batch_size": self.adversarial.batch_size}, self.trainer, levels)
         return self

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.policies import PolicyRecipe
 from actors.sampler import POLICY
@@ -20,6 +20,7 @@ from counterpoint.policies.compact import CompactConfig
 from counterpoint.policies.training import PolicyTrainingConfig
 from counterpoint.section import Section
 from jobs import collect
+from jobs.batch_sizes import check_batch_sizes
 from jobs.collect import CollectConfig
 from jobs.config import run_job
 from jobs.launch import launch, stopped
@@ -60,6 +61,14 @@ class PolicyTrainConfig(Section):
     """Perception, imitation, condition dropout."""
     trainer: TrainerConfig = TrainerConfig()
     """Workers, checkpoints and failures."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PolicyTrainConfig":
+        sizes = {"training.batch_size": self.training.batch_size}
+        if self.network.vision.kind == "pointer":
+            sizes["training.perception.batch_size"] = self.training.perception.batch_size
+        check_batch_sizes(sizes, self.trainer)
+        return self
 
 
 def main(config: PolicyTrainConfig) -> dict[str, Any]:
