@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from cluster import identity
 from cluster.kinds import classify
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,9 @@ def disconnect(connection: Connection, keep_logs: bool = False) -> None:
     if not connection.opened:
         return
     ray.shutdown()
+    identity.detached()
     if connection.logs is not None and keep_logs:
+        identity.kept_logs(str(connection.logs))
         logger.warning("Ray's logs of this run are kept in %s", connection.logs)
     elif connection.logs is not None:
         shutil.rmtree(connection.logs, ignore_errors=True)
@@ -173,6 +176,12 @@ def _why_not(address: str, error: BaseException) -> str:
             f"the Ray cluster at RAY_ADDRESS={address} wants its token: set RAY_AUTH_MODE=token, and "
             "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH unless it is in ~/.ray/auth_token"
         )
+    mismatch = next((str(one) for one in _chain(error) if str(one).startswith("Version mismatch")), "")
+    if mismatch:
+        return (
+            f"the Ray cluster at RAY_ADDRESS={address} runs other versions than this process: "
+            f"{' '.join(mismatch.split())} Install the cluster's here, or submit the job to it"
+        )
     return (
         f"no Ray cluster answers at RAY_ADDRESS={address} ({type(error).__name__}): start one with "
         "`ray start --head`, or unset RAY_ADDRESS to run on this machine"
@@ -186,6 +195,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _connection(context: Any, opened: bool, logs: Path | None) -> Connection:
+    identity.attached(str(logs) if logs is not None else None)
     now = ray.get_runtime_context()
     url = context.dashboard_url if context is not None else None
     return Connection(
