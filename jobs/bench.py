@@ -3,7 +3,17 @@
 import sys
 from typing import Any
 
-from jobs import bench_heads, bench_panel, bench_rollout, bench_sampler, bench_serve
+from jobs import (
+    bench_heads,
+    bench_memory,
+    bench_panel,
+    bench_rollout,
+    bench_sampler,
+    bench_scale,
+    bench_sdxl,
+    bench_serve,
+    bench_transport,
+)
 from jobs.config import run_job
 
 BENCHES: dict[str, Any] = {
@@ -12,6 +22,10 @@ BENCHES: dict[str, Any] = {
     "sampler": (bench_sampler.main, bench_sampler.SamplerBenchConfig),
     "rollout": (bench_rollout.main, bench_rollout.RolloutBenchConfig),
     "serve": (bench_serve.main, bench_serve.ServeBenchConfig),
+    "memory": (bench_memory.main, bench_memory.MemoryBenchConfig),
+    "scale": (bench_scale.main, bench_scale.ScaleBenchConfig),
+    "sdxl": (bench_sdxl.main, bench_sdxl.SdxlBenchConfig),
+    "transport": (bench_transport.main, bench_transport.TransportBenchConfig),
 }
 
 if __name__ == "__main__":
