@@ -12,16 +12,21 @@ from typing import Any
 
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.conductor import Baton, start_conductor
+from actors.roll import Roll, enrolled
 from actors.worker import LoopResult, LoopSpec, run_loop
 from cluster.connect import thread_env
-from cluster.failures import classify
+from cluster.failures import classify, root_cause
+from cluster.identity import current, fit_name
+from cluster.placement import Pool, plan
+from cluster.reserve import PlacementError, reserve
 from cluster.storage import RunStore
 from cluster.waiting import get
 from counterpoint.place import Place
 from counterpoint.section import Section
+from counterpoint.strategies.config import StrategyConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +48,28 @@ class TrainerConfig(Section):
     """Steps between checkpoints."""
     max_failures: int = Field(default=10, ge=0)
     """How often a run is taken up again from its last checkpoint after a failure of the infrastructure."""
+    strategy: StrategyConfig = StrategyConfig()
+    """How the workers share out weights, gradients and optimizer state, and their precision."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainerConfig":
+        if self.strategy.sharded and self.workers == 0:
+            raise ValueError(
+                f"strategy.name={self.strategy.name} with workers=0: the driver alone shares nothing out; "
+                "set workers to at least 1, or strategy.name=ddp"
+            )
+        return self
+
+    room_wait_s: float = Field(default=600.0, ge=0.0)
+    """Seconds to wait, after a failure, for room for all workers, such as a lost machine's replacement."""
 
     def torch_threads(self) -> int:
         """Return the threads of each worker's maths."""
         return self.threads or max(1, (os.cpu_count() or 1) // max(1, self.workers))
 
+
+ROOM_POLL_S = 5.0
+"""Seconds in which resources of workers that have just ended come back."""
 
 Watch = Callable[[dict[str, Any]], None]
 
@@ -90,7 +112,7 @@ def train_here(spec: LoopSpec, config: TrainerConfig, watch: Watch, wish: StopSi
         watch(figures)
         return wish.asked
 
-    return run_loop(replace(spec, report=report), Place(device=device))
+    return run_loop(replace(spec, report=report), Place(device=device, strategy=config.strategy))
 
 
 def train_on_ray(spec: LoopSpec, config: TrainerConfig, watch: Watch, wish: StopSignal) -> LoopResult:
@@ -101,18 +123,45 @@ def train_on_ray(spec: LoopSpec, config: TrainerConfig, watch: Watch, wish: Stop
     """
     conductor = start_conductor()
     spec = replace(spec, report=Baton(conductor))
-    failures = 0
+    failures, first = 0, ""
     while True:
         try:
             return _fit_watched(spec, conductor, config, watch, wish)
         except Exception as error:
             failures += 1
             if classify(error) != "infrastructure" or failures > config.max_failures or wish.asked:
+                if first:
+                    error.add_note(f"the worker group had failed {failures - 1} times before; first: {first}")
                 raise
+            first = first or " ".join(str(root_cause(error)).split())[:300]
             logger.warning(
                 "the worker group failed (%d of %d): %s; going on from the last checkpoint",
                 failures, config.max_failures, error,
             )  # fmt: skip
+            await_room(config)
+
+
+def await_room(config: TrainerConfig) -> None:
+    """Return once the cluster has room for all workers; Ray Train alone would try for hours.
+
+    A cluster that cannot hold them now may get another machine. Raises PlacementError after `room_wait_s`.
+    """
+    pool = Pool(
+        "trainer", config.workers, config.cpus_per_worker, config.gpus_per_worker,
+        setting="trainer.workers", reserved_by="train",
+    )  # fmt: skip
+    deadline, told = time.monotonic() + config.room_wait_s, False
+    while True:
+        try:
+            with reserve(plan([pool]), timeout=ROOM_POLL_S):
+                return
+        except PlacementError as error:
+            if time.monotonic() > deadline:
+                raise PlacementError(str(error), error.explanation) from error
+            if not told:
+                logger.warning("waiting up to %g s for room: %s", config.room_wait_s, error.in_one_line)
+                told = True
+            time.sleep(1.0)
 
 
 def _fit_watched(
@@ -129,12 +178,15 @@ def _fit_watched(
 
     thread = threading.Thread(target=fit, daemon=True, name="fit")
     thread.start()
+    roll = Roll(conductor, config.workers)
     while thread.is_alive():
         thread.join(timeout=0.5)
         with contextlib.suppress(Exception):
             # A conductor that is being restarted misses one poll; the wish to stop is sent with every one.
             figures = get(conductor.poll.remote(wish.asked), timeout=2.0, what="the conductor")
+            current().figures = figures
             watch(figures)
+        roll.call()
     if "error" in outcome:
         raise outcome["error"]
     result: LoopResult = outcome["result"]
@@ -143,7 +195,9 @@ def _fit_watched(
 
 def _fit(spec: LoopSpec, config: TrainerConfig) -> LoopResult:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from actors.process_group import ProcessGroupConfig
 
     store = RunStore(spec.uri)
     resources = {"CPU": config.cpus_per_worker}
@@ -151,14 +205,14 @@ def _fit(spec: LoopSpec, config: TrainerConfig) -> LoopResult:
         resources["GPU"] = config.gpus_per_worker
     trainer = TorchTrainer(
         work,
-        train_loop_config={"spec": spec, "threads": config.torch_threads()},
+        train_loop_config={"spec": spec, "threads": config.torch_threads(), "strategy": config.strategy},
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
         ),
-        torch_config=TorchConfig(timeout_s=300),
+        torch_config=ProcessGroupConfig(timeout_s=300),
         run_config=RunConfig(
             # A name of its own each time: Ray Train must not resume by itself what our checkpoints resume.
-            name=f"{time.time_ns():x}",
+            name=fit_name(),
             storage_path=store.path("ray_train"),
             storage_filesystem=PyFileSystem(FSSpecHandler(store.fs)),
             # Ray Train retries whatever fails; `train_on_ray` retries only what another machine may mend.
@@ -174,9 +228,13 @@ def _fit(spec: LoopSpec, config: TrainerConfig) -> LoopResult:
 def work(config: dict[str, Any]) -> LoopResult:
     """Run the loop as one Ray Train worker."""
     from ray import train
-    from ray.train.torch import get_device, prepare_model
+
+    from actors.process_group import worker_device
 
     torch.set_num_threads(config["threads"])
     context = train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), get_device(), prepare_model)
-    return run_loop(config["spec"], place)
+    place = Place(context.get_world_rank(), context.get_world_size(), worker_device(), config["strategy"])
+    # What takes rank 0's figures takes the ranks' places too, where it is a conductor's.
+    conductor = getattr(config["spec"].report, "actor", None)
+    with enrolled(conductor, place.rank, str(place.device)):
+        return run_loop(config["spec"], place)

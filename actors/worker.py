@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.checkpoints import latest_checkpoint, prune_checkpoints, save_checkpoint
+from actors.timeline import Recorder, timed
+from cluster.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from cluster.metrics_log import MetricsLog
 from cluster.storage import RunStore, save_image
 from counterpoint.alarms import Watcher
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-State = dict[str, dict[str, Tensor]]
+State = Mapping[str, Mapping[str, Tensor]]
 WEIGHTS = "weights"
 PREVIEW_COLUMNS = 10
 
@@ -42,11 +43,14 @@ class Trainer(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights worth evaluating and keeping."""
+        """Return the weights worth evaluating and keeping, complete on rank 0; every rank must call."""
         ...
 
-    def state(self) -> State:
-        """Return everything the future depends on, besides the step number."""
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return this rank's share of all that the future depends on, besides the step number.
+
+        Every rank must call.
+        """
         ...
 
     def load(self, state: State, step: int) -> None:
@@ -80,6 +84,10 @@ class LoopSpec:
     watch: Callable[[], Watcher] | None = None
     """Makes the watcher that looks at rank 0's figures after each step."""
 
+    def offers(self, step: int) -> bool:
+        """Whether the weights after `step` steps are offered to the evaluation workers."""
+        return self.evaluation is not None and self.evaluate_every > 0 and step % self.evaluate_every == 0
+
 
 @dataclass(frozen=True)
 class LoopResult:
@@ -97,33 +105,36 @@ class LoopResult:
 def run_loop(spec: LoopSpec, place: Place) -> LoopResult:
     """Resume from the newest whole checkpoint, or begin, and train to the end or until asked to stop.
 
-    Every rank calls it. Rank 0 writes metrics and checkpoints. Whatever ends the loop early, an error
-    included, a later call with the same store goes on from the last checkpoint as if nothing had happened.
+    Every rank calls it and writes its share of each checkpoint; rank 0 writes metrics and commits. Whatever
+    ends the loop early, an error included, a later call with the same store goes on from the last checkpoint
+    as if nothing had happened.
     """
     store = RunStore(spec.uri)
     trainer = spec.build(place, store, spec.report if place.rank == 0 else silent)
-    start = _resume(trainer, store)
+    recorder = Recorder(place.rank)
+    timed(trainer, recorder)
+    start = _resume(trainer, store, place)
     _barrier(place)
     chief = _Chief(spec, store, start or 0) if place.rank == 0 else None
     if start is None:
         # Critics in actors outlive a trainer that dies early: this is what they are set back to then.
         start = 0
-        if chief:
-            chief.save(trainer, start)
-        _barrier(place)
+        _save(trainer, store, start, place, chief)
     step = start
     try:
         while step < trainer.total_steps:
             begun = time.perf_counter()
+            recorder.begin(step)
             figures = trainer.step(step)
+            recorder.end()
             seconds = time.perf_counter() - begun
             step += 1
-            stop = chief.after(trainer, step, figures, seconds) if chief else False
+            snapshot = trainer.weights() if spec.offers(step) else None
+            stop = chief.after(trainer, step, figures, seconds, snapshot) if chief else False
             stop = _agree(stop, place)
             if stop or step == trainer.total_steps or step % spec.checkpoint_every == 0:
-                if chief:
-                    chief.save(trainer, step)
-                _barrier(place)
+                _save(trainer, store, step, place, chief)
+                recorder.save(store)
             if stop:
                 break
         if chief:
@@ -135,14 +146,41 @@ def run_loop(spec: LoopSpec, place: Place) -> LoopResult:
     return LoopResult(step, step >= trainer.total_steps, start, alarms)
 
 
-def _resume(trainer: Trainer, store: RunStore) -> int | None:
-    checkpoint = latest_checkpoint(store)
-    if checkpoint is None:
+def _resume(trainer: Trainer, store: RunStore, place: Place) -> int | None:
+    """Go on from the checkpoint that rank 0 finds; each rank reads what it needs of it."""
+    newest = latest_checkpoint(store) if place.rank == 0 else None
+    step = _told(-1 if newest is None else newest.step, place)
+    if step < 0:
         return None
-    state = {name: checkpoint.tensors(name) for name in checkpoint.files if name != WEIGHTS}
-    trainer.load(state, checkpoint.step)
-    logger.info("resumed from the checkpoint of step %d", checkpoint.step)
-    return checkpoint.step
+    checkpoint = newest or load_checkpoint(store, step)
+    trainer.load({name: checkpoint.stored(name) for name in checkpoint.files if name != WEIGHTS}, step)
+    logger.info("resumed from the checkpoint of step %d", step)
+    return step
+
+
+def _save(trainer: Trainer, store: RunStore, step: int, place: Place, chief: "_Chief | None") -> None:
+    """Write the checkpoint of `step`; metrics up to it are on storage before it counts."""
+    if chief:
+        chief.metrics.flush()
+    weights, files = trainer.weights(), trainer.state()
+    if chief:
+        files = files | {WEIGHTS: weights}
+    save_checkpoint(store, step, files, {}, place.rank, _meet if place.ranks > 1 else _alone)
+    if chief:
+        prune_checkpoints(store, keep=2)
+        chief.saved = step
+    _barrier(place)
+
+
+def _alone(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    return [mine]
+
+
+def _meet(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what every rank gives."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 class _Chief:
@@ -162,10 +200,19 @@ class _Chief:
             for row in self.evaluations.read():
                 self.watcher.see_snapshot(row)
         self.alarms: list[str] = []
+        self.saved = start
+        """Step of the newest checkpoint."""
         self.refreshes = sum(row.get("refreshed", 0) for row in self.metrics.read())
 
-    def after(self, trainer: Trainer, step: int, figures: dict[str, Any], seconds: float) -> bool:
-        """Log a step, offer a snapshot, and return whether the driver wants to stop."""
+    def after(
+        self,
+        trainer: Trainer,
+        step: int,
+        figures: dict[str, Any],
+        seconds: float,
+        snapshot: dict[str, Tensor] | None,
+    ) -> bool:
+        """Log a step, offer its `snapshot`, and return whether the driver wants to stop."""
         rate = trainer.samples_per_step(step - 1) / seconds
         row = figures | {"seconds": seconds, "samples_per_second": rate}
         if self.watcher is not None:
@@ -175,16 +222,12 @@ class _Chief:
         pool = self.spec.evaluation
         if pool is not None:
             self._log_evaluation(pool.poll())
-            if self.spec.evaluate_every and step % self.spec.evaluate_every == 0:
-                pool.offer(step, trainer.weights())
-        progress = {"step": step, "total": trainer.total_steps, "refreshes": self.refreshes}
+            if snapshot is not None:
+                pool.offer(step, snapshot)
+        progress = {
+            "step": step, "total": trainer.total_steps, "refreshes": self.refreshes, "checkpoint": self.saved,
+        }  # fmt: skip
         return self.spec.report(progress | row)
-
-    def save(self, trainer: Trainer, step: int) -> None:
-        """Write the checkpoint of `step`; metrics up to it are on storage before it counts."""
-        self.metrics.flush()
-        save_checkpoint(self.store, step, trainer.state() | {WEIGHTS: trainer.weights()}, {})
-        prune_checkpoints(self.store, keep=2)
 
     def finish(self) -> None:
         """Take in the evaluation that is still under way."""
@@ -222,8 +265,13 @@ def _barrier(place: Place) -> None:
 
 def _agree(stop: bool, place: Place) -> bool:
     """Return rank 0's `stop` on every rank."""
+    return bool(_told(int(stop), place))
+
+
+def _told(number: int, place: Place) -> int:
+    """Return rank 0's `number` on every rank."""
     if place.ranks == 1:
-        return stop
-    flag = torch.tensor([float(stop)], device=place.device)
-    dist.broadcast(flag, src=0)
-    return bool(flag.item())
+        return number
+    told = torch.tensor([number], device=place.device)
+    dist.broadcast(told, src=0)
+    return int(told.item())

@@ -3,17 +3,22 @@
 `checkpoints/step-00000120/` holds `<name>.safetensors` and `manifest.json`. A file counts only when the
 manifest names it, and the manifest is put in place at once: that one write is the commit, on every kind of
 store. Saving a step again never touches the files which the manifest in force names.
+
+A group of tensors may be spread over files, one per process that saved: rank 0's `<name>` and the others'
+`<name>.part-1`, `<name>.part-2` ...; who reads it sees one group, and need not know how many wrote it.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -35,6 +40,10 @@ FOLDER = "checkpoints"
 NEVER_FINISHED = "the checkpoint was never finished"
 _STEP = re.compile(r"step-(\d{8,})")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_PART = re.compile(r"(.+)\.part-(\d+)")
+
+Meet = Callable[[dict[str, Any]], list[dict[str, Any]]]
+"""Brings together what every process gives, in the order of their ranks; returns on all of them."""
 
 
 @dataclass(frozen=True)
@@ -44,32 +53,91 @@ class Checkpoint:
     store: RunStore
     step: int
     meta: dict[str, Any]
-    files: dict[str, str]
-    """From the name given at saving to the file's name in the store."""
+    files: dict[str, tuple[str, ...]]
+    """From the name given at saving to the names in the store of the files that hold it."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors saved under `name`, on the CPU; ValueError when there is no such name."""
+        found: dict[str, Tensor] = {}
+        for file in self._files(name):
+            found |= _load(self.store, file)
+        return found
+
+    def stored(self, name: str) -> "StoredTensors":
+        """Return the same tensors, each read when it is asked for."""
+        return StoredTensors(self.store, self._files(name))
+
+    def _files(self, name: str) -> tuple[str, ...]:
         if name not in self.files:
             raise ValueError(f"checkpoint of step {self.step} has no {name!r}; it has {sorted(self.files)}")
-        if self.store.is_local:
-            return safetensors.torch.load_file(self.store.path(self.files[name]))
-        return safetensors.torch.load(self.store.read_bytes(self.files[name]))
+        return self.files[name]
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """A group of tensors that stay in storage until they are asked for; no more than a file is in memory.
+
+    Ask in the order of iteration: a store that is no local folder is read file by file.
+    """
+
+    def __init__(self, store: RunStore, files: tuple[str, ...]) -> None:
+        self._store, self._files = store, files
+        self._open: dict[str, Any] = {}
+        self._newest: tuple[str, Any] = ("", None)
+
+    @functools.cached_property
+    def _where(self) -> dict[str, str]:
+        return {key: file for file in self._files for key in self._reader(file).keys()}  # noqa: SIM118
+
+    def __getitem__(self, key: str) -> Tensor:
+        reader = self._reader(self._where[key])
+        tensor: Tensor = reader[key] if isinstance(reader, dict) else reader.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def _reader(self, file: str) -> Any:
+        if self._store.is_local:
+            if file not in self._open:
+                self._open[file] = safetensors.safe_open(self._store.path(file), framework="pt")
+            return self._open[file]
+        if self._newest[0] != file:
+            self._newest = file, _load(self._store, file)
+        return self._newest[1]
 
 
 def save_checkpoint(
-    store: RunStore, step: int, files: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
+    store: RunStore,
+    step: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    meta: Mapping[str, Any],
+    rank: int = 0,
+    meet: Meet = lambda entries: [entries],
 ) -> str:
     """Store named groups of tensors and JSON-able `meta` as the checkpoint of `step`; return its directory.
 
-    Tensors may be of any dtype and layout, on any device, and may share memory. Raises ValueError for a
-    negative step, a group's name that is no file name, a value that is no tensor, or meta unfit for JSON.
+    Tensors may be of any dtype and layout, on any device, and may share memory. Several processes save one
+    checkpoint together: each calls with its `rank`, its own tensors and a `meet` that waits for all; rank 0
+    then commits what all have written. Raises ValueError for a negative step, a group's name that is no file
+    name, a value that is no tensor, or meta unfit for JSON.
     """
     if step < 0:
         raise ValueError(f"checkpoint step {step} must not be negative")
     _check(files, meta)
     folder = step_folder(step)
     in_force = _committed_files(store, folder)
-    entries = {name: _save_file(store, folder, name, files[name], in_force) for name in files}
+    mine = {
+        name if rank == 0 else f"{name}.part-{rank}": tensors
+        for name, tensors in files.items()
+        if tensors or rank == 0
+    }
+    parts = meet({name: _save_file(store, folder, name, mine[name], in_force) for name in mine})
+    if rank > 0:
+        return folder
+    entries = {name: entry for part in parts for name, entry in part.items()}
     write_manifest(store, folder, {"step": step, "files": entries, "meta": dict(meta)})
     wanted = {entry["file"] for entry in entries.values()} | {MANIFEST}
     for left in store.list(folder, unfinished=True):
@@ -96,27 +164,35 @@ def load_checkpoint(store: RunStore, step: int) -> Checkpoint:
     folder, manifest = step_folder(step), _manifest_of(store, step)
     for entry in manifest["files"].values():
         verify_file(store, folder, entry["file"], entry)
-    paths = {name: f"{folder}/{entry['file']}" for name, entry in manifest["files"].items()}
-    return Checkpoint(store, step, manifest["meta"], paths)
+    return Checkpoint(store, step, manifest["meta"], _grouped(folder, manifest))
 
 
 def checkpoint_group(store: RunStore, step: int, name: str) -> tuple[dict[str, Tensor], str]:
     """Return one group of tensors of the checkpoint of `step`, on the CPU, and its file's SHA-256 in hex.
 
-    What is returned is what was checked: the file is read once, and the checkpoint's other files not at all.
+    Of several files it is the digest of their digests, one after the other. What is returned is what was
+    checked: each file is read once, and the checkpoint's other files not at all.
     Raises DamagedCheckpointError if the group or the manifest is missing or not whole.
     """
     folder, manifest = step_folder(step), _manifest_of(store, step)
-    entry = manifest["files"].get(name)
-    if entry is None:
-        raise damaged(store, folder, MANIFEST, f"names no {name!r}, only {sorted(manifest['files'])}")
-    try:
-        content = store.read_bytes(f"{folder}/{entry['file']}")
-    except FileNotFoundError:
-        raise damaged(store, folder, entry["file"], "is missing") from None
-    digest = hashlib.sha256(content).hexdigest()
-    check_entry(store, folder, entry["file"], {"bytes": len(content), "sha256": digest}, entry)
-    return safetensors.torch.load(content), digest
+    files = _grouped(folder, manifest)
+    if name not in files:
+        raise damaged(store, folder, MANIFEST, f"names no {name!r}, only {sorted(files)}")
+    entries = {f"{folder}/{entry['file']}": entry for entry in manifest["files"].values()}
+    found: dict[str, Tensor] = {}
+    digests = []
+    for path in files[name]:
+        file = entries[path]["file"]
+        try:
+            content = store.read_bytes(path)
+        except FileNotFoundError:
+            raise damaged(store, folder, file, "is missing") from None
+        digests.append(hashlib.sha256(content).hexdigest())
+        check_entry(store, folder, file, {"bytes": len(content), "sha256": digests[-1]}, entries[path])
+        found |= safetensors.torch.load(content)
+    if len(digests) == 1:
+        return found, digests[0]
+    return found, hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def step_folder(step: int) -> str:
@@ -147,8 +223,11 @@ def prune_checkpoints(store: RunStore, keep: int = 2) -> None:
 
 def _check(files: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
     for name, tensors in files.items():
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"checkpoint file name {name!r} may only hold letters, digits, '_', '-' and '.'")
+        if not _NAME.fullmatch(name) or _PART.fullmatch(name):
+            raise ValueError(
+                f"checkpoint file name {name!r} may only hold letters, digits, '_', '-' and '.', "
+                "and not end in '.part-' and a number"
+            )
         for key, value in tensors.items():
             if not isinstance(value, Tensor):
                 raise ValueError(
@@ -181,6 +260,22 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         plain[key] = tensor.clone() if address in seen else tensor
         seen.add(address)
     return plain
+
+
+def _load(store: RunStore, file: str) -> dict[str, Tensor]:
+    if store.is_local:
+        return safetensors.torch.load_file(store.path(file))
+    return safetensors.torch.load(store.read_bytes(file))
+
+
+def _grouped(folder: str, manifest: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The files of each group by its name, in the order of the ranks that wrote them."""
+    found: dict[str, dict[int, str]] = {}
+    for name, entry in manifest["files"].items():
+        match = _PART.fullmatch(name)
+        group, rank = (match[1], int(match[2])) if match else (name, 0)
+        found.setdefault(group, {})[rank] = f"{folder}/{entry['file']}"
+    return {group: tuple(files[rank] for rank in sorted(files)) for group, files in found.items()}
 
 
 def _manifest_of(store: RunStore, step: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Distilling a teacher into a one- to four-step student: warm-up, heads alone, then against the panel."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -8,20 +9,24 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from counterpoint.ahead import Answered, verdict_tensors, verdicts_of
 from counterpoint.batches import Batch, Batches
 from counterpoint.critics.group import Samples
 from counterpoint.critics.losses import blind_loss
-from counterpoint.critics.panel import Panel, PanelVerdict
+from counterpoint.critics.panel import Panel, Pending
 from counterpoint.data import ImageSet
 from counterpoint.figures import describe_verdict, tally
-from counterpoint.optimization import Optimization, OptimizerConfig, load_weights, rank_slices, weights_of
+from counterpoint.optimization import OptimizerConfig, rank_slices
 from counterpoint.pairs import Pairs
 from counterpoint.place import ALONE, Place
 from counterpoint.section import Section
 from counterpoint.seeds import seed_of
+from counterpoint.strategies.build import build_learner
 from counterpoint.student import StudentConfig, student_x0
 
 Stage = Literal["warmup", "heads", "panel"]
+AHEAD = "ahead"
+"""The name in a checkpoint of verdicts that were asked for a step ahead."""
 
 
 class WarmupConfig(Section):
@@ -48,6 +53,9 @@ class AdversarialConfig(Section):
     """Weight of the panel's loss; 0 continues the warm-up without a panel, at equal budget."""
     regression_weight: float = Field(default=1.0, ge=0.0)
     """Weight of the regression on the teacher's pairs, kept beside the panel; the paper has 0."""
+    staleness: Literal[0, 1] = 0
+    """Steps by which a verdict may be older than the weights it moves. With 1 critics judge the next batch
+    while the student learns from this one, at the price of one more forward pass; 0 is exact and waits."""
     real: Literal["data", "teacher"] = "data"
     """What heads compare with: images of the class, or the teacher's sample from the same noise (paper)."""
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -84,6 +92,8 @@ class Distiller:
         self.student, self.warmup, self.adversarial = student, warmup, adversarial
         self.seed, self.place, self.accumulate = seed, place, accumulate
         heads_alone = adversarial.heads_alone if adversarial.uses_panel else 0
+        self._ahead: dict[int, list[Pending]] = {}
+        """What has been asked about the batches of coming steps, by micro-batch."""
         self.starts: dict[Stage, int] = {
             "warmup": 0,
             "heads": warmup.steps,
@@ -92,8 +102,7 @@ class Distiller:
         self.total_steps = self.starts["panel"] + adversarial.steps
         self._check()
         self.unet = unet.to(place.device).train()
-        self.network = place.wrap(self.unet)
-        self.optimization = self._optimization(self.stage(0))
+        self.learner = build_learner(self.unet, *self._schedule(self.stage(0)), place, accumulate)
 
     def stage(self, step: int) -> Stage:
         """Return the stage that `step` belongs to."""
@@ -106,19 +115,19 @@ class Distiller:
         stage = self.stage(step)
         if step == self.starts["heads"]:
             self._leave_warmup()
-        # Dropout draws from the global stream.
-        torch.manual_seed(seed_of(self.seed, "dropout", step, self.place.rank))
-        batch_size = self.samples_per_step(step)
-        batch = self._draw(step, batch_size)
-        slices = rank_slices(batch_size, self.place.rank, self.place.ranks, self.accumulate)
+        if self.adversarial.staleness:
+            self._ask_ahead(step)
+        self._seed_dropout(step)
+        batch, slices = self._draw(step), self._slices(step)
         figures: dict[str, Any] = {"stage": stage}
         for micro, part in enumerate(slices):
             mine = batch.part(part, self.place.device)
-            with self.place.accumulating(self.network, micro == len(slices) - 1):
+            with self.learner.accumulating(micro == len(slices) - 1):
                 self._micro_step(step, mine, part, micro, figures)
         if self._student_moves(step):
-            rate, norm = self.optimization.step(step - self.starts[stage])
+            rate, norm = self.learner.step(step - self.starts[stage])
             figures |= {"learning_rate": rate, "gradient_norm": norm}
+        self._ahead.pop(step, None)
         return figures
 
     def samples_per_step(self, step: int) -> int:
@@ -126,22 +135,34 @@ class Distiller:
         return self.warmup.batch_size if self.stage(step) == "warmup" else self.adversarial.batch_size
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights to evaluate and to keep: the moving average."""
-        return self.optimization.averaged()
+        """Return the weights to evaluate and to keep: the moving average, on rank 0."""
+        return self.learner.averaged()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return everything the future depends on, the panel's state included, besides the step number."""
-        state = {"unet": weights_of(self.unet), "optimizer": self.optimization.state()}
-        return state if self.panel is None else state | self.panel.state()
+        """Return this rank's share of all that the future depends on, besides the step number.
 
-    def load(self, state: dict[str, dict[str, Tensor]], step: int) -> None:
-        """Return to a stored state, the panel's included, after which `step` comes next."""
-        self.optimization = self._optimization(self.stage(max(step - 1, 0)))
-        load_weights(self.unet, state["unet"])
-        self.optimization.load(state["optimizer"])
+        The panel's state is rank 0's. What was asked ahead is waited for and stored: the panel is then a step
+        ahead of the student.
+        """
+        state = {"unet": self.learner.weights(), "optimizer": self.learner.state()}
+        for step, asked in self._ahead.items():
+            verdicts = [pending.result() for pending in asked]
+            self._ahead[step] = [Answered(verdict) for verdict in verdicts]
+            state[AHEAD] = verdict_tensors(verdicts, self._slices(step))
+        return state if self.panel is None or self.place.rank > 0 else state | self.panel.state()
+
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Return to a stored state, the panel's included, which rank 0 reads; then `step` comes next."""
+        self.learner.restart(*self._schedule(self.stage(max(step - 1, 0))), from_average=False)
+        self.learner.load(state["unet"], state["optimizer"])
+        self._ahead = {}
+        if AHEAD in state:
+            self._ahead[step] = [Answered(v) for v in verdicts_of(state[AHEAD], self._slices(step))]
         if self.panel is not None:
-            groups = {name: part for name, part in state.items() if name not in ("unet", "optimizer")}
-            self.panel.load(groups, max(0, step - self.starts["heads"]))
+            mine = ("unet", "optimizer", AHEAD)
+            names = [name for name in state if name not in mine and self.place.rank == 0]
+            groups = {name: dict(state[name]) for name in names}
+            self.panel.load(groups, max(0, step - self.starts["heads"]) + len(self._ahead))
 
     def _check(self) -> None:
         """Raise ValueError if the configuration and what it is used on do not fit."""
@@ -168,32 +189,67 @@ class Distiller:
 
     def _micro_step(self, step: int, batch: Batch, part: slice, micro: int, figures: dict[str, Any]) -> None:
         """Add one micro-batch's gradients and figures."""
-        moves, shift = self._student_moves(step), self.student.timestep_shift
+        moves = self._student_moves(step)
         with torch.set_grad_enabled(moves):
-            fake = student_x0(self.network, batch.x_t, batch.timesteps, batch.labels, self.noise, shift)
+            fake = self._sampled(batch)
         loss = F.mse_loss(fake, batch.target)
         tally(figures, "regression_loss", float(loss.detach()) / self.accumulate)
         tally(figures, "sample_std_ratio", float(fake.detach().std() / batch.real.std()) / self.accumulate)
         if self.stage(step) != "warmup":
             loss = self.adversarial.regression_weight * loss
         if self._asks(step):
-            verdict = self._ask(step, fake, batch, part, micro, judge=moves)
+            ahead = self._ahead.get(step)
+            asked = self._ask(step, fake, batch, part, micro) if ahead is None else ahead[micro]
+            verdict = asked.result()
             describe_verdict(figures, verdict, self.accumulate, self._blind)
             if verdict.gradient is not None:
                 # The gradient is the verdict's whole content: a surrogate linear in the sample carries it
                 # through any wrapper of the student, sharded ones included.
-                loss = loss + self.adversarial.adversarial_weight * (fake * verdict.gradient).sum()
+                surrogate = (fake * verdict.gradient.to(fake.device)).sum()
+                loss = loss + self.adversarial.adversarial_weight * surrogate
         if moves:
-            (loss / self.accumulate).backward()
+            self.learner.backward(loss / self.accumulate)
 
-    def _ask(
-        self, step: int, fake: Tensor, batch: Batch, part: slice, micro: int, judge: bool
-    ) -> PanelVerdict:
+    def _ask_ahead(self, step: int) -> None:
+        """Ask about the batch of step `step`, unless that was done a step ago, and about the next one.
+
+        Both are sampled with the weights as they are. Nothing is asked during the warm-up, which ends in
+        other weights, nor beyond the last step.
+        """
+        for asked in (step, step + 1):
+            if self._asks(step) and asked < self.total_steps and asked not in self._ahead:
+                # The masks with which the sample is made again for its gradient.
+                self._seed_dropout(asked)
+                batch = self._draw(asked)
+                questions = self._ahead[asked] = []
+                for micro, part in enumerate(self._slices(asked)):
+                    mine = batch.part(part, self.place.device)
+                    with torch.no_grad():
+                        fake = self._sampled(mine)
+                    questions.append(self._ask(asked, fake, mine, part, micro))
+
+    def _sampled(self, batch: Batch) -> Tensor:
+        """Return the student's samples [n,C,H,W] of a batch."""
+        shift = self.student.timestep_shift
+        return student_x0(self.learner.network, batch.x_t, batch.timesteps, batch.labels, self.noise, shift)
+
+    def _ask(self, step: int, fake: Tensor, batch: Batch, part: slice, micro: int) -> Pending:
+        """Send samples to the panel; the student wants their gradient only in steps in which it moves."""
         assert self.panel is not None
         panel_step = step - self.starts["heads"]
         groups = self.panel.pool.assign_groups(panel_step, self.adversarial.batch_size)[part]
+        judge = self._student_moves(step)
         samples = Samples(panel_step, fake.detach(), batch.real, batch.labels, judge, micro, self.accumulate)
-        return self.panel.ask(samples, groups).result()
+        return self.panel.ask(samples, groups)
+
+    def _seed_dropout(self, step: int) -> None:
+        # Dropout draws from the global stream.
+        torch.manual_seed(seed_of(self.seed, "dropout", step, self.place.rank))
+
+    def _slices(self, step: int) -> list[slice]:
+        """Return which samples of step `step` are this rank's, by micro-batch."""
+        size = self.samples_per_step(step)
+        return rank_slices(size, self.place.rank, self.place.ranks, self.accumulate)
 
     def _asks(self, step: int) -> bool:
         return self.panel is not None and step >= self.starts["heads"]
@@ -207,18 +263,16 @@ class Distiller:
         every = self.panel.pool.config.critic_steps
         return (step - self.starts["panel"]) % every == every - 1
 
-    def _draw(self, step: int, batch_size: int) -> Batch:
+    def _draw(self, step: int) -> Batch:
         progress = step / self.warmup.steps if self.stage(step) == "warmup" else 1.0
         data = self._asks(step) and self.adversarial.real == "data"
-        return self.batches.draw(step, batch_size, self.student.stage(progress), data)
+        return self.batches.draw(step, self.samples_per_step(step), self.student.stage(progress), data)
 
     def _leave_warmup(self) -> None:
         """Go on from the averaged weights with a fresh optimizer."""
-        if self.warmup.steps > 0:
-            load_weights(self.unet, self.optimization.averaged())
-        self.optimization = self._optimization("panel")
+        self.learner.restart(*self._schedule("panel"), from_average=self.warmup.steps > 0)
 
-    def _optimization(self, stage: Stage) -> Optimization:
-        if stage == "warmup":
-            return Optimization(self.unet, self.warmup.optimizer, max(1, self.warmup.steps))
-        return Optimization(self.unet, self.adversarial.optimizer, max(1, self.adversarial.steps))
+    def _schedule(self, stage: Stage) -> tuple[OptimizerConfig, int]:
+        """The optimizer's settings in a stage, and the stage's steps."""
+        part = self.warmup if stage == "warmup" else self.adversarial
+        return part.optimizer, max(1, part.steps)

@@ -1,9 +1,7 @@
-"""The student's and the teacher's optimizer step: AdamW, warm-up and cosine decay, clipping, EMA."""
+"""What every trainer's optimizer is set to, weights by name, and sharing a batch out."""
 
 import math
 
-import torch
-from diffusers.training_utils import EMAModel
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -32,63 +30,6 @@ class OptimizerConfig(Section):
         """Return the learning rate of step `step` (from 0) of `total`."""
         rate = self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
         return rate * 0.5 * (1.0 + math.cos(math.pi * step / total)) if self.decay else rate
-
-
-class Optimization:
-    """The optimizer state of one network over one stage of training."""
-
-    def __init__(self, network: nn.Module, config: OptimizerConfig, total: int) -> None:
-        self.config = config
-        self.total = total
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.names = [name for name, p in network.named_parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
-        self.ema = EMAModel(self.parameters, decay=config.ema_decay)
-
-    def step(self, step: int) -> tuple[float, float]:
-        """Apply the accumulated gradients as step `step` of the stage; return (learning rate, norm)."""
-        rate = self.config.learning_rate_at(step, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_gradient_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.step(self.parameters)
-        return rate, float(norm)
-
-    def averaged(self) -> dict[str, Tensor]:
-        """Return the moving average of the weights by parameter name, copied to the CPU."""
-        return {
-            name: p.detach().cpu().clone() for name, p in zip(self.names, self.ema.shadow_params, strict=True)
-        }
-
-    def state(self) -> dict[str, Tensor]:
-        """Return optimizer moments and EMA as named tensors."""
-        named: dict[str, Tensor] = {"ema_steps": torch.tensor(self.ema.optimization_step)}
-        for name, p, shadow in zip(self.names, self.parameters, self.ema.shadow_params, strict=True):
-            named[f"ema.{name}"] = shadow
-            for key, value in self.optimizer.state.get(p, {}).items():
-                named[f"{key}.{name}"] = value
-        return {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` returned, for the same network."""
-        self.ema.optimization_step = int(state["ema_steps"])
-        for name, p, shadow in zip(self.names, self.parameters, self.ema.shadow_params, strict=True):
-            shadow.data.copy_(state[f"ema.{name}"])
-            self.optimizer.state.pop(p, None)
-            found = {key: state[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in state}
-            if found:
-                # The step counter stays on the CPU, as AdamW itself keeps it.
-                self.optimizer.state[p] = {
-                    key: value.clone() if key == "step" else value.to(p.device, copy=True)
-                    for key, value in found.items()
-                }
-
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Training the teacher: a class-conditional diffusion model with condition dropout."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from counterpoint.data import ImageSet
 from counterpoint.diffusion import diffusion_loss, draw_noisy_batch
-from counterpoint.optimization import Optimization, OptimizerConfig, load_weights, rank_slices, weights_of
+from counterpoint.optimization import OptimizerConfig, rank_slices
 from counterpoint.place import ALONE, Place
 from counterpoint.section import Section
 from counterpoint.seeds import generator, seed_of
+from counterpoint.strategies.build import build_learner
 from counterpoint.unet import null_class
 
 
@@ -46,8 +48,8 @@ class TeacherTrainer:
         self.slices = rank_slices(config.batch_size, place.rank, place.ranks, accumulate)
         self.total_steps = config.steps
         self.unet = unet.to(place.device).train()
-        self.network = place.wrap(self.unet)
-        self.optimization = Optimization(self.unet, config.optimizer, config.steps)
+        self.null_class = null_class(self.unet)
+        self.learner = build_learner(self.unet, config.optimizer, config.steps, place, accumulate)
 
     def step(self, step: int) -> dict[str, Any]:
         """Take optimizer step `step` (from 0) and return its figures."""
@@ -58,19 +60,18 @@ class TeacherTrainer:
             self.images.labels,
             self.config.batch_size,
             self.noise.config.num_train_timesteps,
-            null_class(self.unet),
+            self.null_class,
             self.config.condition_dropout,
             generator(self.seed, "teacher", step),
         )
         total = 0.0
         for micro, part in enumerate(self.slices):
-            with self.place.accumulating(self.network, micro == len(self.slices) - 1):
-                loss = diffusion_loss(self.network, self.noise, batch.part(part, self.place.device)) / len(
-                    self.slices
-                )
-                loss.backward()
+            mine = batch.part(part, self.place.device)
+            with self.learner.accumulating(micro == len(self.slices) - 1):
+                loss = diffusion_loss(self.learner.network, self.noise, mine) / len(self.slices)
+                self.learner.backward(loss)
             total += float(loss.detach())
-        rate, norm = self.optimization.step(step)
+        rate, norm = self.learner.step(step)
         return {"loss": total, "learning_rate": rate, "gradient_norm": norm}
 
     def samples_per_step(self, step: int) -> int:
@@ -78,14 +79,13 @@ class TeacherTrainer:
         return self.config.batch_size
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights to evaluate and to keep: the moving average."""
-        return self.optimization.averaged()
+        """Return the weights to evaluate and to keep: the moving average, on rank 0."""
+        return self.learner.averaged()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return everything the future depends on, besides the step number."""
-        return {"unet": weights_of(self.unet), "optimizer": self.optimization.state()}
+        """Return this rank's share of all that the future depends on, besides the step number."""
+        return {"unet": self.learner.weights(), "optimizer": self.learner.state()}
 
-    def load(self, state: dict[str, dict[str, Tensor]], step: int) -> None:
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Return to a stored state, after which `step` comes next."""
-        load_weights(self.unet, state["unet"])
-        self.optimization.load(state["optimizer"])
+        self.learner.load(state["unet"], state["optimizer"])

@@ -4,16 +4,17 @@ The policy's loss is the token cross-entropy of joint imitation learning: condit
 so that what masked conditions leave is what the policy was trained for (arXiv 2510.05681, section 3.3).
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from counterpoint.data.demonstrations import Demonstrations
-from counterpoint.optimization import Optimization, OptimizerConfig, load_weights, rank_slices, weights_of
+from counterpoint.optimization import OptimizerConfig, load_weights, rank_slices, weights_of
 from counterpoint.place import ALONE, Place
 from counterpoint.policies.compact import CompactPolicy
 from counterpoint.policies.perception import (
@@ -27,6 +28,7 @@ from counterpoint.policies.policy import check_mask
 from counterpoint.policies.vision import PointerVision
 from counterpoint.section import Section
 from counterpoint.seeds import generator
+from counterpoint.strategies.build import build_learner
 
 Stage = Literal["perception", "policy"]
 NO_TOKEN = -100
@@ -97,7 +99,7 @@ class PolicyTrainer:
         default from the demonstrations too. Raises ValueError where these do not fit.
         """
         self.policy = policy.to(place.device).train()
-        self.config, self.seed, self.place = config, seed, place
+        self.config, self.seed, self.place, self.accumulate = config, seed, place, accumulate
         self.pointing = isinstance(policy.vision, PointerVision)
         self.boundary = config.perception.steps if self.pointing else 0
         self.total_steps = self.boundary + config.steps
@@ -129,7 +131,7 @@ class PolicyTrainer:
         if step == self.boundary:
             self._begin_policy()
         figures = self._look(step) if stage == "perception" else self._imitate(step - self.boundary)
-        rate, norm = self.optimization.step(step if stage == "perception" else step - self.boundary)
+        rate, norm = self.learner.step(step if stage == "perception" else step - self.boundary)
         return {"stage": stage, **figures, "learning_rate": rate, "gradient_norm": norm}
 
     def samples_per_step(self, step: int) -> int:
@@ -137,18 +139,22 @@ class PolicyTrainer:
         return self._parts()[self.stage(step)].batch_size
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the whole policy's weights, statistics included: the moving average of what is trained."""
-        return weights_of(self.policy) | self.optimization.averaged()
+        """Return the policy's weights on rank 0, statistics included: the average of what is trained."""
+        average = self.learner.averaged()
+        return weights_of(self.policy) | average if self.place.rank == 0 else {}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return everything the future depends on, besides the step number."""
-        return {"policy": weights_of(self.policy), "optimizer": self.optimization.state()}
+        """Return this rank's share of all that the future depends on, besides the step number."""
+        rest = weights_of(self.policy) if self.place.rank == 0 else {}
+        held = {self.learner.prefix + name for name in self.learner.entries}
+        weights = {name: tensor for name, tensor in rest.items() if name not in held}
+        return {"policy": weights | self.learner.weights(), "optimizer": self.learner.state()}
 
-    def load(self, state: dict[str, dict[str, Tensor]], step: int) -> None:
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Return to a stored state, after which `step` comes next."""
         self._enter(self.stage(max(step - 1, 0)))
-        load_weights(self.policy, state["policy"])
-        self.optimization.load(state["optimizer"])
+        load_weights(self.policy, dict(state["policy"]))
+        self.learner.load(state["policy"], state["optimizer"])
         if step > self.boundary:
             self._remember()
 
@@ -156,23 +162,32 @@ class PolicyTrainer:
         return {"perception": self.config.perception, "policy": self.config}
 
     def _enter(self, stage: Stage) -> None:
-        """Let the stage's weights learn, and theirs only, with a fresh optimizer."""
+        """Let the stage's weights learn, and theirs only, with a fresh optimizer.
+
+        `policy` is whole on every rank; what a strategy shards is a copy, which becomes it when a stage ends.
+        """
         self.policy.requires_grad_(stage == "policy")
         self.policy.vision.requires_grad_(stage == "perception" or not self.pointing)
-        part = self._parts()[stage]
-        self.optimization = Optimization(self.policy, part.optimizer, max(1, part.steps))
-        self.network = self.place.wrap(self.policy.vision if stage == "perception" else self.policy)
+        part, looking = self._parts()[stage], stage == "perception"
+        module: nn.Module = self.policy.vision if looking else self.policy
+        if self.place.strategy.sharded:
+            module = copy.deepcopy(module)
+        prefix = "vision." if looking else ""
+        self.learner = build_learner(
+            module, part.optimizer, max(1, part.steps), self.place, self.accumulate, prefix
+        )
 
     def _begin_policy(self) -> None:
         """Freeze perception at its average and look at all frames once."""
         if self.boundary > 0:
-            load_weights(self.policy, self.weights())
-            self._enter("policy")
+            load_weights(self.policy, weights_of(self.policy) | self.learner.averaged(everywhere=True))
+        self.learner.end()
         if isinstance(self.policy.vision, PointerVision):
             self._remember()
             found = [self.known[name].flatten(0, 1) for name in _found(self.known)]
             self.policy.vision.standardise(torch.cat(found))
         self._remember()
+        self._enter("policy")
 
     @torch.no_grad()
     def _remember(self) -> None:
@@ -199,10 +214,10 @@ class PolicyTrainer:
         total, errors = 0.0, []
         for micro, part in enumerate(slices):
             mine = views.part(part, self.place.device)
-            with self.place.accumulating(self.network, micro == len(slices) - 1):
-                looks = self.network(mine.images, mine.words)
+            with self.learner.accumulating(micro == len(slices) - 1):
+                looks = self.learner.network(mine.images, mine.words)
                 loss = share * perception_loss(looks, mine, config.coordinate_weight)
-                loss.backward()
+                self.learner.backward(loss)
             total += float(loss.detach())
             errors.append(pixel_errors(looks, mine).detach())
         return {"loss": total, "perception_error": float(torch.cat(errors).median())}
@@ -220,12 +235,12 @@ class PolicyTrainer:
             wanted = tokens[part].to(self.place.device)
             hidden = [flags[part].to(self.place.device) for flags in hide]
             mine = {name: x[part] for name, x in inputs.items()}
-            with self.place.accumulating(self.network, micro == len(slices) - 1):
-                logits = self.network(mine, wanted.clamp_min(0), *hidden)
+            with self.learner.accumulating(micro == len(slices) - 1):
+                logits = self.learner.network(mine, wanted.clamp_min(0), *hidden)
                 cross = F.cross_entropy(
                     logits.flatten(0, 1), wanted.flatten(), ignore_index=NO_TOKEN, reduction="sum"
                 )
-                (share * cross).backward()
+                self.learner.backward(share * cross)
             total += share * float(cross.detach())
             right += int((logits.argmax(-1) == wanted).sum())
             count += int((wanted != NO_TOKEN).sum())

@@ -1,0 +1,38 @@
+"""The process group of Ray Train's workers: NCCL where torch finds the GPUs that Ray reserved, else gloo."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from ray.train.torch import TorchConfig, get_device
+
+
+@dataclass
+class ProcessGroupConfig(TorchConfig):
+    """`TorchConfig` that takes gloo where a worker has no GPU, though one was reserved for it.
+
+    Ray Train takes NCCL as soon as GPUs are asked for, which fails on logical ones (`num_gpus` of a node
+    without any).
+    """
+
+    @property
+    def backend_cls(self) -> Any:
+        """The backend class that Ray Train's controller makes."""
+        parent: Any = super().backend_cls
+
+        class Backend(parent):
+            """Asks the workers before it starts their group."""
+
+            def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+                if backend_config.backend == "nccl" and not all(
+                    worker_group.execute(torch.cuda.is_available)
+                ):
+                    backend_config = replace(backend_config, backend="gloo")
+                super().on_start(worker_group, backend_config)
+
+        return Backend
+
+
+def worker_device() -> torch.device:
+    """Return the device of this Ray Train worker; the CPU where Ray's GPUs are only logical."""
+    return get_device() if torch.cuda.is_available() else torch.device("cpu")

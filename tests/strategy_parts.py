@@ -1,0 +1,217 @@
+"""Two processes that train under one strategy after the other, and what they leave for tests to look at."""
+
+import os
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from test_distillation import distiller
+from test_policy_training import trainer as policy_trainer
+from test_teacher import trainer as teacher_trainer
+from tiny import panel
+from torch import Tensor
+from vla_parts import policy
+
+from actors.worker import _meet
+from cluster.checkpoints import load_checkpoint, save_checkpoint
+from cluster.storage import RunStore
+from counterpoint.critics.group import Samples
+from counterpoint.critics.panel import LocalPanel, PanelVerdict
+from counterpoint.distillation import Distiller
+from counterpoint.optimization import OptimizerConfig
+from counterpoint.place import Place
+from counterpoint.strategies.config import StrategyConfig
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"name": "fsdp"},
+    "zero1": {"name": "deepspeed", "zero_stage": 1},
+    "zero2": {"name": "deepspeed", "zero_stage": 2},
+    "zero3": {"name": "deepspeed", "zero_stage": 3},
+}
+STEPS, CUT = 20, 12
+ALONE = "alone"
+
+
+class GatheredPanel:
+    """Rank 0's panel, asked by all ranks at once: it judges all samples together, as hosts do."""
+
+    def __init__(self, local: LocalPanel, place: Place) -> None:
+        self.local, self.pool, self.place = local, local.pool, place
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.local, name)
+
+    def load(self, state: dict[str, dict[str, Tensor]], step: int) -> None:
+        if self.place.rank == 0:
+            self.local.load(state, step)
+
+    def ask(self, samples: Samples, groups: Tensor) -> Any:
+        said: list[Any] = [None] * self.place.ranks
+        dist.all_gather_object(said, (samples.fake, samples.real, samples.labels, groups))
+        told: list[Any] = [None]
+        if self.place.rank == 0:
+            fake, real, labels, seats = (torch.cat(parts) for parts in zip(*said, strict=True))
+            whole = replace(samples, fake=fake, real=real, labels=labels)
+            told = [self.local.ask(whole, seats).result()]
+        dist.broadcast_object_list(told, src=0)
+        verdict: PanelVerdict = told[0]
+        if verdict.gradient is not None:
+            mine = verdict.gradient.chunk(self.place.ranks)[self.place.rank]
+            verdict = replace(verdict, gradient=self.place.ranks * mine)
+        return Answered(verdict)
+
+
+class Answered:
+    def __init__(self, verdict: PanelVerdict) -> None:
+        self.verdict = verdict
+
+    def result(self) -> PanelVerdict:
+        return self.verdict
+
+
+def student(place: Place, accumulate: int = 1) -> Distiller:
+    """A student of 20 steps: 6 of warm-up, 4 of heads alone, 10 against the panel."""
+    local = panel(levels_per_step=2, order="student_first", refresh_rate=0.02)
+    critics = GatheredPanel(local, place) if place.ranks > 1 else local
+    adversarial = OptimizerConfig(
+        learning_rate=1e-3, betas=(0.0, 0.99), weight_decay=0.01, warmup_steps=0, decay=False, ema_decay=0.9
+    )
+    return distiller(
+        critics, place, accumulate, warmup={"steps": 6}, heads_alone=4, steps=10, optimizer=adversarial
+    )
+
+
+def run(trainer: Any, first: int, last: int) -> list[dict[str, Any]]:
+    return [trainer.step(step) for step in range(first, last)]
+
+
+def save(trainer: Any, folder: Path, step: int) -> None:
+    """Write a checkpoint as the training loop does, every rank its share."""
+    weights, files = trainer.weights(), trainer.state()
+    if trainer.place.rank == 0:
+        files = files | {"weights": weights}
+    meet = _meet if trainer.place.ranks > 1 else (lambda mine: [mine])
+    save_checkpoint(RunStore(str(folder)), step, files, {}, trainer.place.rank, meet)
+    if trainer.place.ranks > 1:
+        dist.barrier()
+
+
+def load(trainer: Any, folder: Path, step: int) -> None:
+    checkpoint = load_checkpoint(RunStore(str(folder)), step)
+    trainer.load({name: checkpoint.stored(name) for name in checkpoint.files if name != "weights"}, step)
+
+
+def tensors(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
+    """Everything in a checkpoint that goes on, by file and name."""
+    checkpoint = load_checkpoint(RunStore(str(folder)), step)
+    return {f"{f}/{key}": x for f in checkpoint.files for key, x in checkpoint.tensors(f).items()}
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference of any two tensors of one name."""
+    assert one.keys() == other.keys()
+    return max(float((one[n].double() - other[n].double()).abs().max()) for n in one if one[n].numel())
+
+
+SAVING = {"offload": True, "activation_checkpointing": True}
+SHORT: dict[str, tuple[dict[str, Any], int]] = {
+    "ddp-accumulate": ({}, 2),
+    "ddp-bf16": ({"precision": "bf16"}, 1),
+    "ddp-checkpointing": ({"activation_checkpointing": True}, 1),
+    "fsdp-accumulate": (STRATEGIES["fsdp"], 2),
+    "fsdp-bf16": (STRATEGIES["fsdp"] | {"precision": "bf16"}, 1),
+    "fsdp-offload-checkpointing": (STRATEGIES["fsdp"] | SAVING, 1),
+    "zero1-accumulate-bf16": (STRATEGIES["zero1"] | {"precision": "bf16"}, 2),
+    "zero2-accumulate": (STRATEGIES["zero2"], 2),
+    "zero2-offload-bf16": (STRATEGIES["zero2"] | {"offload": True, "precision": "bf16"}, 1),
+    "zero3-accumulate-checkpointing": (STRATEGIES["zero3"] | {"activation_checkpointing": True}, 2),
+    "zero3-offload": (STRATEGIES["zero3"] | {"offload": True}, 1),
+    "zero3-bf16": (STRATEGIES["zero3"] | {"precision": "bf16"}, 1),
+}  # fmt: skip
+"""Settings and micro-batches of short trainings of a teacher."""
+SHORT_STEPS = 4
+POLICIES = ("ddp", "fsdp", "zero3")
+POLICY_STEPS, POLICY_CUT = 6, 4
+
+
+def teach(folder: Path, name: str, place: Place, accumulate: int) -> None:
+    trainer = teacher_trainer(place, accumulate)
+    run(trainer, 0, SHORT_STEPS)
+    save(trainer, folder / "teacher" / name, SHORT_STEPS)
+    trainer.learner.end()
+
+
+def imitate(folder: Path, name: str, place: Place) -> None:
+    """A policy's training through both stages, and once more from its middle."""
+    trainer = policy_trainer(policy(), place)
+    run(trainer, 0, POLICY_CUT)
+    save(trainer, folder / "policy" / name, POLICY_CUT)
+    run(trainer, POLICY_CUT, POLICY_STEPS)
+    save(trainer, folder / "policy" / name, POLICY_STEPS)
+    trainer.learner.end()
+    again = policy_trainer(policy(seed=8), place)
+    load(again, folder / "policy" / name, POLICY_CUT)
+    run(again, POLICY_CUT, POLICY_STEPS)
+    save(again, folder / "policy" / f"{name}-resumed", POLICY_STEPS)
+    again.learner.end()
+
+
+def distil(folder: Path, name: str, before: str, place: Place) -> None:
+    """The whole training, and both from the middle: of one process, and of two under another strategy."""
+    trainer = student(place)
+    load(trainer, folder / ALONE, CUT)
+    run(trainer, CUT, STEPS)
+    save(trainer, folder / f"{name}-from-{ALONE}", STEPS)
+    load(trainer, folder / ALONE, 0)
+    run(trainer, 0, CUT)
+    save(trainer, folder / name, CUT)
+    run(trainer, CUT, STEPS)
+    save(trainer, folder / name, STEPS)
+    load(trainer, folder / before, CUT)
+    run(trainer, CUT, STEPS)
+    save(trainer, folder / f"{name}-from-{before}", STEPS)
+    trainer.learner.end()
+
+
+def work(rank: int, folder: str, chosen: tuple[str, ...] = ()) -> None:
+    """One of the two processes."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=240)
+    )
+    at = Path(folder)
+
+    def place(options: dict[str, Any]) -> Place:
+        return Place(rank, 2, strategy=StrategyConfig(**options))
+
+    before = list(STRATEGIES)[-1:] + list(STRATEGIES)[:-1]
+    first = True
+    for name, other in zip(STRATEGIES, before, strict=True):
+        if not chosen or name in chosen:
+            distil(at, name, name if first else other, place(STRATEGIES[name]))
+            first = False
+    for name, (options, accumulate) in SHORT.items():
+        if not chosen or name in chosen:
+            teach(at, name, place(options), accumulate)
+    for name in POLICIES:
+        if not chosen or f"policy-{name}" in chosen:
+            imitate(at, name, place(STRATEGIES[name]))
+    dist.destroy_process_group()
+
+
+def alone(folder: Path) -> None:
+    """What one process makes of the same trainings."""
+    trainer = student(Place())
+    save(trainer, folder / ALONE, 0)
+    run(trainer, 0, CUT)
+    save(trainer, folder / ALONE, CUT)
+    run(trainer, CUT, STEPS)
+    save(trainer, folder / ALONE, STEPS)
+    teach(folder, ALONE, Place(), 1)
+    imitate(folder, ALONE, Place())
