@@ -1,6 +1,7 @@
 """The messages of all ranks for one step become one call, whose result is handed back to each."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,8 @@ class Assembly:
     """Collects one part per rank under a key (step, micro-batch) and computes once all are there.
 
     Whoever brings the last part computes; the parts are in rank order, so the order of arrival changes
-    nothing. The last result is kept: a rank that asks again gets the same answer. Thread-safe.
+    nothing. The results after `answered` are kept, and the last: a rank that asks again gets the same answer.
+    Thread-safe.
     """
 
     def __init__(self, compute: Callable[[Sequence[Any]], Sequence[Any]], timeout: float) -> None:
@@ -48,20 +50,37 @@ class Assembly:
         self._timeout = timeout
         self._condition = threading.Condition()
         self._open: dict[Key, _Round] = {}
-        self._last: tuple[Key, Sequence[Any]] | None = None
+        self._results: dict[Key, Sequence[Any]] = {}
+        self.answered: Key | None = None
+        """The last key whose result every rank is known to have; earlier ones are dropped at the next one."""
 
     def reset(self) -> None:
         """Forget everything, and release whoever waits with `Superseded`."""
         with self._condition:
             for key, waiting in self._open.items():
                 waiting.failure = Superseded(f"step {key[0]}: the panel was set to another state")
-            self._open, self._last = {}, None
+            self._open, self._results, self.answered = {}, {}, None
             self._condition.notify_all()
 
     def remembers(self, key: Key) -> bool:
-        """Return whether `key` is the last one computed, whose result is at hand."""
+        """Return whether the result of `key` is at hand."""
         with self._condition:
-            return self._last is not None and self._last[0] == key
+            return key in self._results
+
+    def follows(self, key: Key, computed: Callable[[], bool], grace: float) -> bool:
+        """Return whether `key` is `computed`, after waiting for it as long as it is on its way.
+
+        A part that is not here within `grace` seconds was lost: those of one rank arrive almost in order.
+        """
+        begun = time.monotonic()
+        with self._condition:
+            while not computed():
+                limit = self._timeout if key in self._open else grace
+                left = begun + limit - time.monotonic()
+                if left <= 0:
+                    return False
+                self._condition.wait(min(left, grace))
+            return True
 
     def submit(self, key: Key, rank: int, ranks: int, part: Any) -> Any:
         """Bring rank `rank`'s part of `key` and wait for its share of the result.
@@ -70,8 +89,8 @@ class Assembly:
         whatever the computation raises, to every rank; asking again then makes a new attempt.
         """
         with self._condition:
-            if self._last is not None and self._last[0] == key:
-                return self._last[1][rank]
+            if key in self._results:
+                return self._results[key][rank]
             mine = self._open.setdefault(key, _Round())
             mine.parts[rank] = part
             if len(mine.parts) == ranks:
@@ -91,7 +110,9 @@ class Assembly:
         parts = [complete.parts[rank] for rank in sorted(complete.parts)]
         try:
             complete.results = self._compute(parts)
-            self._last = (key, complete.results)
+            since = self.answered
+            kept = {k: result for k, result in self._results.items() if since is None or k > since}
+            self._results = kept | {key: complete.results}
         except Exception as error:
             complete.failure = error
         self._condition.notify_all()

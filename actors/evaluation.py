@@ -12,6 +12,7 @@ import torch
 from actors.feature_space import stored_feature_network
 from actors.recipe import load_unet
 from actors.wire import unpack_state
+from cluster.dumpable import dumpable
 from cluster.failures import reporting
 from cluster.storage import RunStore
 from cluster.waiting import done, get
@@ -56,6 +57,7 @@ class Evaluator:
     """Scores shards of snapshots; an ordinary class, to which `ray.remote` adds only transport."""
 
     def __init__(self, recipe: EvaluationRecipe) -> None:
+        dumpable()
         self.recipe = recipe
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network = stored_feature_network(RunStore(recipe.feature_space or recipe.run), recipe.features)

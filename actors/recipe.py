@@ -1,13 +1,15 @@
 """How any process builds the same panel: from the stored teacher and the configuration."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 
+from actors.prompted import PromptsRecipe, load_prompted_unet, prompted_encoder, prompted_shape
 from cluster.storage import RunStore
 from counterpoint.critics.config import CriticsConfig
-from counterpoint.critics.encoder import FrozenEncoder
+from counterpoint.critics.encoder import Encoder, FrozenEncoder
 from counterpoint.critics.group import CriticGroup
 from counterpoint.critics.panel import LocalPanel
 from counterpoint.critics.pool import Pool, build_pool
@@ -26,6 +28,8 @@ class PanelRecipe:
     critics: CriticsConfig
     noise: NoiseConfig
     seed: int
+    prompts: PromptsRecipe | None = None
+    """What a text-to-image teacher is prompted with; None for a class-conditional one."""
 
 
 def load_unet(uri: str) -> UNet2DModel:
@@ -39,16 +43,36 @@ def load_unet(uri: str) -> UNet2DModel:
         return UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
 
 
-def build_pieces(recipe: PanelRecipe, device: torch.device) -> tuple[Pool, FrozenEncoder, torch.Tensor]:
+def load_network(recipe: PanelRecipe) -> Any:
+    """Load the teacher, called as `unet(x_t, timesteps, class_labels=labels).sample` whatever its kind."""
+    if recipe.prompts is not None:
+        return load_prompted_unet(recipe.teacher, recipe.prompts)
+    return load_unet(recipe.teacher)
+
+
+def build_pieces(recipe: PanelRecipe, device: torch.device) -> tuple[Pool, Encoder, torch.Tensor]:
     """Build the pool's layout, the frozen encoder and the noise schedule's alphas_cumprod."""
-    encoder = FrozenEncoder(load_unet(recipe.teacher).to(device))
-    abar = build_noise_scheduler(recipe.noise).alphas_cumprod
+    network = load_network(recipe)
+    encoder: Encoder
+    if recipe.prompts is not None:
+        encoder = prompted_encoder(network, recipe.prompts).to(device)
+    else:
+        encoder = FrozenEncoder(network.to(device))
+    return _pool(recipe, encoder), encoder, build_noise_scheduler(recipe.noise).alphas_cumprod
+
+
+def build_layout(recipe: PanelRecipe) -> Pool:
+    """Build the pool's layout alone, which for a text-to-image teacher takes no weights at all."""
+    if recipe.prompts is not None:
+        return _pool(recipe, prompted_shape(recipe.teacher))
+    return build_pieces(recipe, torch.device("cpu"))[0]
+
+
+def _pool(recipe: PanelRecipe, encoder: Encoder) -> Pool:
     side = int(encoder.sample_size)
-    patch = patch_side(recipe.critics, side)
-    pool = build_pool(
-        recipe.critics, encoder.map_shapes(side), encoder.map_shapes(patch), side, abar, recipe.seed
-    )
-    return pool, encoder, abar
+    whole, patches = encoder.map_shapes(side), encoder.map_shapes(patch_side(recipe.critics, side))
+    abar = build_noise_scheduler(recipe.noise).alphas_cumprod
+    return build_pool(recipe.critics, whole, patches, side, abar, recipe.seed)
 
 
 def build_group(recipe: PanelRecipe, index: int, device: torch.device) -> CriticGroup:

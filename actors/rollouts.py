@@ -9,6 +9,7 @@ from pydantic import Field
 
 from actors.sampler import Sampler
 from actors.watchdog import Watchdog
+from cluster.dumpable import dumpable
 from cluster.failures import reporting
 from counterpoint.actions.space import ActionSpace
 from counterpoint.environments.episode import Episode
@@ -102,6 +103,7 @@ class RolloutWorker:
     """
 
     def __init__(self, build: Build, settings: WorkerSettings) -> None:
+        dumpable()
         self.settings = settings
         self.watchdog = Watchdog(settings.name, settings.deadlines) if settings.deadlines else None
         guard: Guard = self.watchdog.guard if self.watchdog else unguarded

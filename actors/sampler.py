@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from actors.batching import Batcher, BatchStatistics
+from cluster.dumpable import dumpable
 from cluster.failures import classify, failure
 from cluster.storage import RunStore
 from cluster.waiting import get
@@ -138,6 +139,7 @@ class ActionSampler:
     """
 
     def __init__(self, policy: str, settings: SamplerSettings) -> None:
+        dumpable()
         self.settings = settings
         self.bundle = load_policy(policy)
         self.batcher: Batcher[tuple[Observation, Stream], Decision] = Batcher(

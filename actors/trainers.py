@@ -2,13 +2,14 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 
 from actors.panel import HostHandle, RemotePanel
-from actors.recipe import PanelRecipe, build_local_panel, build_pieces, load_unet
+from actors.recipe import PanelRecipe, build_layout, build_local_panel, load_network, load_unet
 from actors.worker import Report
 from cluster.storage import RunStore
 from counterpoint.critics.panel import Panel
@@ -66,20 +67,32 @@ class StudentRecipe:
 
     def __call__(self, place: Place, store: RunStore, report: Report) -> Distiller:
         """Build this rank's trainer, after making what pairs are missing."""
-        train = load_data(self.data).train
+        train = self._images()
         noise = build_noise_scheduler(self.panel.noise)
         pairs = self._pairs(place, RunStore(self.start) if self.start else store, train.num_classes, report)
         return Distiller(
-            load_unet(self.start or self.panel.teacher), noise, pairs, train, self._panel(place),
+            self._student(), noise, pairs, train, self._panel(place),
             self.student, self.warmup, self.adversarial, self.seed, place, self.accumulate,
         )  # fmt: skip
+
+    def _images(self) -> Any:
+        """Return the real samples that critics may compare with."""
+        return load_data(self.data).train
+
+    def _student(self) -> Any:
+        """Return the network that is trained, with the weights that it starts from."""
+        return load_unet(self.start or self.panel.teacher)
+
+    def _chunk(self, teacher: Any, sampler: Any, chunk: int, num_classes: int, times: list[int]) -> Pairs:
+        """Make chunk number `chunk` of the pairs."""
+        return make_pairs(teacher, sampler, self.pairs, chunk, num_classes, times, self.seed)
 
     def _panel(self, place: Place) -> Panel | None:
         if not self.adversarial.uses_panel:
             return None
         if not self.hosts:
             return build_local_panel(self.panel, place.device)
-        pool, _, _ = build_pieces(self.panel, torch.device("cpu"))
+        pool = build_layout(self.panel)
         return RemotePanel(pool, self.hosts, place.rank, place.ranks, self.patience)
 
     def _pairs(self, place: Place, store: RunStore, num_classes: int, report: Report) -> Pairs:
@@ -90,12 +103,12 @@ class StudentRecipe:
         if place.ranks > 1:
             dist.barrier()
         if missing:
-            teacher = frozen(load_unet(self.panel.teacher).to(place.device))
+            teacher = frozen(load_network(self.panel).to(place.device))
             sampler = build_sampler(self.pairs.sampler, build_noise_scheduler(self.panel.noise))
             times = student_timesteps(MAX_STEPS, self.panel.noise.num_train_timesteps)
             for done, chunk in enumerate(missing[place.rank :: place.ranks]):
                 report({"stage": "pairs", "step": done * place.ranks, "total": len(missing)})
-                pairs = make_pairs(teacher, sampler, self.pairs, chunk, num_classes, times, self.seed)
+                pairs = self._chunk(teacher, sampler, chunk, num_classes, times)
                 store.write_bytes(names[chunk], safetensors.torch.save(contiguous(pairs)))
             if place.ranks > 1:
                 dist.barrier()

@@ -26,6 +26,19 @@ class NoiseConfig(Section):
     """What the network predicts."""
 
 
+class LatentNoiseConfig(NoiseConfig):
+    """The forward process of latent diffusion models, between other ends; SDXL's by default."""
+
+    beta_schedule: BetaSchedule = "scaled_linear"
+    """How the noise grows over the timesteps."""
+    prediction_type: PredictionType = "epsilon"
+    """What the network predicts."""
+    beta_start: float = Field(default=0.00085, gt=0.0, lt=1.0)
+    """Noise added at the first timestep."""
+    beta_end: float = Field(default=0.012, gt=0.0, lt=1.0)
+    """Noise added at the last timestep."""
+
+
 def build_noise_scheduler(config: NoiseConfig) -> DDPMScheduler:
     """Return the diffusers scheduler that holds the forward process (`alphas_cumprod`, `add_noise`)."""
     return DDPMScheduler(clip_sample=False, **config.model_dump())

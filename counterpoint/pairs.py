@@ -62,17 +62,21 @@ def make_pairs(
     num_classes: int,
     times: Sequence[int],
     seed: int,
+    conditions: Tensor | None = None,
+    clip: bool = True,
 ) -> Pairs:
     """Make chunk number `chunk` of the pairs, on the teacher's device, returned on the CPU.
 
-    Labels are spread evenly over the classes. Raises ValueError if the sampler's schedule does not pass the
-    student's `times`.
+    Labels are spread evenly over the classes, or over the labels in `conditions` where they are given.
+    Samples are clipped to the range of images, [-1, 1], unless `clip` is off, as it is for latents. Raises
+    ValueError if the sampler's schedule does not pass the student's `times`.
     """
     size = min(config.chunk, config.count - chunk * config.chunk)
     side, channels, device = teacher.config.sample_size, teacher.config.in_channels, teacher.device
     stream = generator(seed, "pairs", chunk)
     noise = torch.randn(size, channels, side, side, generator=stream)
-    labels = torch.arange(chunk * config.chunk, chunk * config.chunk + size) % num_classes
+    allowed = torch.arange(num_classes) if conditions is None else conditions
+    labels = allowed[torch.arange(chunk * config.chunk, chunk * config.chunk + size) % len(allowed)]
     samples, states = sample(
         teacher,
         sampler,
@@ -90,4 +94,5 @@ def make_pairs(
             f"{missing}: use a multiple of 4 and timestep_spacing=trailing"
         )
     horizon = int(sampler.config.num_train_timesteps)
-    return Pairs(noise, labels, samples.clamp(-1, 1).cpu(), {t: x.cpu() for t, x in states.items()}, horizon)
+    samples = samples.clamp(-1, 1) if clip else samples
+    return Pairs(noise, labels, samples.cpu(), {t: x.cpu() for t, x in states.items()}, horizon)

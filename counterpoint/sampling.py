@@ -16,7 +16,7 @@ from counterpoint.unet import null_class
 Generators = torch.Generator | list[torch.Generator] | None
 
 # Not the whole configuration: from_config would let the noise schedule's untouched defaults win over options.
-_SHARED = ("num_train_timesteps", "beta_schedule", "prediction_type")
+_SHARED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
 
 
 class SamplerConfig(Section):

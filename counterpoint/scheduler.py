@@ -11,7 +11,7 @@ from torch import Tensor
 
 from counterpoint.diffusion import (
     BetaSchedule,
-    NoiseConfig,
+    LatentNoiseConfig,
     PredictionType,
     add_noise,
     build_noise_scheduler,
@@ -50,11 +50,15 @@ class TimestepShiftScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: PredictionType = "v_prediction",
         timestep_shift: int = 500,
         clip_sample: bool = True,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
     ) -> None:
-        config = NoiseConfig(
+        config = LatentNoiseConfig(
             num_train_timesteps=num_train_timesteps,
             beta_schedule=beta_schedule,
             prediction_type=prediction_type,
+            beta_start=beta_start,
+            beta_end=beta_end,
         )
         self.alphas_cumprod = build_noise_scheduler(config).alphas_cumprod
         self.set_timesteps(1)

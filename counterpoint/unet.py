@@ -83,8 +83,9 @@ def build_unet(config: UNetConfig, channels: int, side: int, num_classes: int, s
 
 
 def null_class(unet: UNet2DModel) -> int:
-    """Return the class label that stands for "no condition": the last row of the class embedding."""
-    return int(unet.config.num_class_embeds) - 1
+    """Return the label that stands for "no condition": the last row of the class embedding or prompt table."""
+    own = getattr(unet, "null_row", None)
+    return int(unet.config.num_class_embeds) - 1 if own is None else int(own)
 
 
 def empty_like(unet: UNet2DModel) -> UNet2DModel:

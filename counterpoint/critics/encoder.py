@@ -1,8 +1,29 @@
 """The critics' eyes: the frozen encoder and middle block of the teacher's UNet (NitroFusion, sec. 3.2)."""
 
+from typing import Any, Protocol
+
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
+
+
+class Encoder(Protocol):
+    """What a panel sees through, whatever the kind of its teacher."""
+
+    null_class: int
+    in_channels: int
+    sample_size: int
+    conv_in: Any
+
+    def __call__(
+        self, x_t: Tensor, timesteps: Tensor, labels: Tensor, corners: Tensor | None = None, /
+    ) -> list[Tensor]:
+        """Return one feature map [n, channels, side, side] a level; windows say where they lie."""
+        ...
+
+    def map_shapes(self, side: int) -> list[tuple[int, int]]:
+        """Return (channels, side) of each level for images of `side` pixels."""
+        ...
 
 
 class FrozenEncoder(nn.Module):
@@ -38,10 +59,13 @@ class FrozenEncoder(nn.Module):
         """Stay in eval mode: a frozen network has no training mode."""
         return super().train(False)
 
-    def forward(self, x_t: Tensor, timesteps: Tensor, labels: Tensor) -> list[Tensor]:
+    def forward(
+        self, x_t: Tensor, timesteps: Tensor, labels: Tensor, corners: Tensor | None = None
+    ) -> list[Tensor]:
         """Return the feature maps of noised images x_t [n,C,H,W] at `timesteps` [n] under `labels` [n].
 
-        The maps are [n, channels, side, side], from the finest to the middle block.
+        The maps are [n, channels, side, side], from the finest to the middle block. Where a window lies in
+        its image (`corners`) is nothing that this network is told.
         """
         embedding = self.time_embedding(self.time_proj(timesteps).to(x_t.dtype))
         embedding = embedding + self.class_embedding(labels).to(x_t.dtype)

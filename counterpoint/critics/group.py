@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from counterpoint.critics.bank import HeadBank, build_banks
-from counterpoint.critics.encoder import FrozenEncoder
+from counterpoint.critics.encoder import Encoder
 from counterpoint.critics.lesson import Lesson
 from counterpoint.critics.messages import Samples, Verdict
 from counterpoint.critics.pool import Pool
+from counterpoint.critics.replicas import Contribution, Replication
 from counterpoint.critics.seats import Seats, student_gradient
 from counterpoint.critics.views import Features, Look, draw_looks, draw_wrong_labels, look_at
 
@@ -24,7 +25,7 @@ __all__ = ["CriticGroup", "Samples", "Verdict"]
 class CriticGroup:
     """The heads at one noise level, their encoder, optimizer and refresh."""
 
-    def __init__(self, pool: Pool, index: int, encoder: FrozenEncoder, alphas_cumprod: Tensor) -> None:
+    def __init__(self, pool: Pool, index: int, encoder: Encoder, alphas_cumprod: Tensor) -> None:
         self.pool = pool
         if pool.config.shuffled_negatives and encoder.null_class < 2:
             raise ValueError("critics.shuffled_negatives=true needs a second class to show: set it to false")
@@ -34,6 +35,8 @@ class CriticGroup:
         self.alphas_cumprod = alphas_cumprod
         self.ticks = 0
         """Ticks of the refresh clock that have been applied."""
+        self.replication: Replication | None = None
+        """This group's place among replicas that learn as one; alone unless set."""
         self.banks = build_banks(pool, index, encoder.conv_in.weight.device)
         self._home = {slot: (bank, i) for bank in self.banks for i, slot in enumerate(bank.slots)}
         self._lesson: Lesson | None = None
@@ -57,9 +60,9 @@ class CriticGroup:
         loss, gradient, voting = 0.0, None, 0
         if samples.judge and config.order == "student_first":
             loss, gradient, voting = student_gradient(lesson.panel, config, fake, images)
-        critic_loss, real_logits, fake_logits = lesson.add(config.loss, real, fake, negative)
+        told = self._exchanged(samples, lesson, lesson.add(config.loss, real, fake, negative))
         if samples.last:
-            lesson.finish()
+            lesson.finish(told.gradients, told.learned)
         if samples.judge and config.order == "critics_first":
             loss, gradient, voting = student_gradient(lesson.panel, config, fake, images)
         if samples.last:
@@ -70,9 +73,9 @@ class CriticGroup:
             step=samples.step,
             loss=loss,
             gradient=gradient,
-            critic_loss=critic_loss,
-            real_logits=real_logits,
-            fake_logits=fake_logits,
+            critic_loss=told.critic_loss,
+            real_logits=told.real_logits,
+            fake_logits=told.fake_logits,
             samples=len(samples.fake),
             refreshed=refreshed,
             voting=voting,
@@ -123,17 +126,35 @@ class CriticGroup:
                 "has taught the heads: set critics.order=student_first or trainer.accumulate=1"
             )
 
+    def _exchanged(
+        self, samples: Samples, lesson: Lesson, said: tuple[float, Tensor, Tensor]
+    ) -> Contribution:
+        """Return what all replicas learned from the micro-batch, of which `said` is this one's part."""
+        gradients = tuple(lesson.gradients) if samples.last else ()
+        mine = Contribution(len(samples.fake), lesson.samples, *said, gradients)
+        if self.replication is None:
+            return mine
+        return self.replication.exchange((samples.step, samples.micro), mine)
+
+    def _part(self, samples: Samples) -> tuple[int, int]:
+        """Return which of how many parts of the whole step these samples are, all replicas' counted."""
+        if self.replication is None:
+            return samples.micro, samples.micros
+        index, count = self.replication.index, self.replication.count
+        # A micro-batch lies in one piece, cut by rank: see `counterpoint.optimization.rank_slices`.
+        return samples.micro * count + index, samples.micros * count
+
     def _views(self, samples: Samples, images: Tensor) -> tuple[Features, Features, Features | None]:
         """Return the features of fake `images`, of real ones and, if wanted, of those under a wrong class."""
         config, seed, name = self.pool.config, self.pool.seed, (samples.step, self.index)
-        fake_look, real_look = draw_looks(config, seed, name, images, samples.micro, samples.micros)
+        part = self._part(samples)
+        fake_look, real_look = draw_looks(config, seed, name, images, *part)
         fake = self._look_at(images, samples.labels, fake_look)
         negative = None
         with torch.no_grad():
             real = self._look_at(samples.real, samples.labels, real_look)
             if config.shuffled_negatives:
-                place = (samples.micro, samples.micros)
-                wrong = draw_wrong_labels(seed, name, samples.labels, self.encoder.null_class, *place)
+                wrong = draw_wrong_labels(seed, name, samples.labels, self.encoder.null_class, *part)
                 negative = self._look_at(samples.real, wrong, real_look)
         return fake, real, negative
 

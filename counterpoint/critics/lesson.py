@@ -23,9 +23,10 @@ class Lesson:
         """Feature levels of the pool."""
         self.samples = 0
         """Samples seen so far."""
-        self._gradients = [
+        self.gradients = [
             seats.bank.rows.new_zeros(len(seats.rows), seats.bank.shape.size) for seats in panel
         ]
+        """Of the heads' loss, summed over `samples`, [heads, P] for each of `panel`."""
 
     def check(self, samples: Samples) -> None:
         """Raise ValueError unless `samples` are the next micro-batch of this step, as large as the others."""
@@ -45,7 +46,7 @@ class Lesson:
         them fake, which does not count in the loss returned. No gradient reaches the features.
         """
         losses, taught = [], []
-        for seats, total in zip(self.panel, self._gradients, strict=True):
+        for seats, total in zip(self.panel, self.gradients, strict=True):
             weights = seats.weights().requires_grad_()
             real_logits, fake_logits = seats.logits(weights, _joined(real, fake)).chunk(2)
             loss = critic_loss(form, real_logits, fake_logits)
@@ -64,14 +65,17 @@ class Lesson:
 
     def forget(self, bank: HeadBank, row: int) -> None:
         """Drop what head `row` of `bank` has learned in this step, because a new head took its place."""
-        for seats, gradient in zip(self.panel, self._gradients, strict=True):
+        for seats, gradient in zip(self.panel, self.gradients, strict=True):
             if seats.bank is bank and row in seats.rows:
                 gradient[seats.rows.index(row)] = 0.0
 
-    def finish(self) -> None:
-        """Let each head take one optimizer step along the mean gradient over all samples of the step."""
-        for seats, gradient in zip(self.panel, self._gradients, strict=True):
-            seats.bank.update(seats.rows, gradient / self.samples)
+    def finish(self, gradients: Sequence[Tensor] | None = None, samples: int | None = None) -> None:
+        """Let each head take one optimizer step along the mean gradient over all samples of the step.
+
+        `gradients`, summed over `samples`, are those of all replicas where this lesson saw a share of them.
+        """
+        for seats, gradient in zip(self.panel, gradients or self.gradients, strict=True):
+            seats.bank.update(seats.rows, gradient.to(seats.bank.rows) / (samples or self.samples))
 
     def _by_place(self, values: Tensor) -> Tensor:
         """Average one value a head [heads] to [kinds, levels]; NaN where no head sits."""

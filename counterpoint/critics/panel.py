@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from counterpoint.critics.encoder import FrozenEncoder
+from counterpoint.critics.encoder import Encoder
 from counterpoint.critics.group import CriticGroup, Samples, Verdict
 from counterpoint.critics.pool import Pool
 
@@ -101,7 +101,7 @@ class _Answered:
 class LocalPanel:
     """All critic groups in this process, one after the other."""
 
-    def __init__(self, pool: Pool, encoder: FrozenEncoder, alphas_cumprod: Tensor) -> None:
+    def __init__(self, pool: Pool, encoder: Encoder, alphas_cumprod: Tensor) -> None:
         self.pool = pool
         self.groups: Sequence[CriticGroup] = [
             CriticGroup(pool, i, encoder, alphas_cumprod) for i in range(len(pool.timesteps))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from counterpoint.critics.config import KINDS, CriticsConfig
-from counterpoint.critics.encoder import FrozenEncoder
+from counterpoint.critics.encoder import Encoder
 from counterpoint.diffusion import add_noise
 from counterpoint.seeds import generator
 
@@ -82,7 +82,7 @@ def cut_windows(images: Tensor, corners: Tensor, patch: int) -> Tensor:
 
 
 def look_at(
-    encoder: FrozenEncoder,
+    encoder: Encoder,
     config: CriticsConfig,
     images: Tensor,
     labels: Tensor,
@@ -109,6 +109,7 @@ def look_at(
             patches.repeat(len(local), 1, 1, 1),
             torch.full((len(local) * len(patches),), timestep, device=images.device),
             torch.cat([conditions[kind] for kind in local]),
+            look.corners.repeat(len(local), 1),
         )
         for position, kind in enumerate(local):
             features[kind] = [m.chunk(len(local))[position] for m in both]

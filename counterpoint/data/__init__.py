@@ -8,6 +8,7 @@
     idx.py        the files of MNIST and its relatives
     folder.py     image files, one folder a class
     parquet.py    shards of encoded images, as data hubs publish them
+    prompts.py    prompts, and images beside them, for text-to-image models
     location.py   a place that holds data files, on disk or behind a URL
     decode.py     encoded images to pixels
 
