@@ -67,6 +67,22 @@ class Explanation:
             )
         return f"the plan can never fit this cluster: {self.remedies}"
 
+    @property
+    def in_one_line(self) -> str:
+        """The plan's fate in one line: what was asked, how much of it fits, what there is, what to lower."""
+        if self.fits:
+            return self.verdict
+        short = []
+        for fit in self.pools:
+            room = len(fit.now if self.feasible else fit.ever)
+            if room < fit.pool.count:
+                each = amounts(fit.pool.each) + _selectors(fit.pool)
+                asked = f"{_setting(fit.pool)}={fit.pool.count}: pool {fit.pool.name}"
+                short.append(f"{asked} asks {fit.pool.count} times for {each}, and {room} fit")
+        there = _nodes(self)[-1]
+        remedy = f"wait for what others hold, or {self.remedies}" if self.feasible else self.remedies
+        return f"{'; '.join(short)} ({there}): {remedy}"
+
     def __str__(self) -> str:
         rows = [("pool", "each", "asked", "fit now", "fit empty", "where", "setting")]
         rows += [

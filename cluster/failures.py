@@ -11,12 +11,15 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from cluster.kinds import ErrorTypes, Failure, Kind, classify, root_cause
+from cluster.observe import this_node
 
-__all__ = ["Failure", "Kind", "classify", "failure", "reported", "reporting", "retrying", "root_cause"]
+__all__ = [
+    *("Failure", "Kind", "classify", "failure", "located", "reported", "reporting", "retrying", "root_cause"),
+]
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,20 @@ def failure(error: BaseException, role: str, step: int | None = None, data: Erro
     module = type(cause).__module__
     name = type(cause).__qualname__ if module == "builtins" else f"{module}.{type(cause).__qualname__}"
     details = "".join(traceback.format_exception(error))
-    return Failure(classify(error, data), str(cause), role, step, name, details)
+    return Failure(classify(error, data), str(cause), role, step, name, details, _node())
+
+
+def located(error: BaseException, role: str, rank: int, node: str) -> None:
+    """Write on an exception where and when it was raised; pickling keeps it, unless its type forbids that."""
+    with suppress(AttributeError):
+        error.place = {"role": role, "rank": rank, "node": node, "time": time.time()}  # type: ignore[attr-defined]
+
+
+def _node() -> str:
+    try:
+        return this_node()
+    except Exception:  # a failure is reported even where Ray cannot say where
+        return ""
 
 
 @contextmanager

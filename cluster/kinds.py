@@ -94,6 +94,7 @@ class Failure(Exception):  # noqa: N818 - the word of the whole house
         step: the step it failed at, or None.
         original: the original exception's type, with its module unless built in.
         details: the original traceback as text.
+        node: the node it failed on; empty where unknown.
     """
 
     def __init__(
@@ -104,13 +105,15 @@ class Failure(Exception):  # noqa: N818 - the word of the whole house
         step: int | None = None,
         original: str = "",
         details: str = "",
+        node: str = "",
     ) -> None:
         self.kind, self.message, self.role, self.step = kind, message, role, step
-        self.original, self.details = original, details
-        super().__init__(kind, message, role, step, original, details)
+        self.original, self.details, self.node = original, details, node
+        super().__init__(kind, message, role, step, original, details, node)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.kind, self.message, self.role, self.step, self.original, self.details)
+        told = (self.kind, self.message, self.role, self.step, self.original, self.details, self.node)
+        return type(self), told
 
     def __str__(self) -> str:
         at = "" if self.step is None else f" at step {self.step}"
@@ -145,13 +148,14 @@ def root_cause(error: BaseException, data: ErrorTypes = ()) -> BaseException:
         if isinstance(workers, dict) and workers:
             error = min(workers.values(), key=lambda one: WORST_FIRST.index(classify(one, data)))
             continue
-        inner = _inside(error)
+        inner = peeled(error)
         if inner is error:
             return error
         error = inner
 
 
-def _inside(error: BaseException) -> BaseException:
+def peeled(error: BaseException) -> BaseException:
+    """The exception inside one wrapper of Ray, Ray Train or `waiting`; itself where there is none."""
     if isinstance(error, NotReady):
         return error.cause
     inner = getattr(error, TRAIN_WRAPPERS.get(type(error).__name__, ""), None)

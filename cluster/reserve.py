@@ -17,7 +17,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import waiting
+from cluster import identity, waiting
 from cluster.explain import Explanation, explain
 from cluster.placement import Bundle, ClusterView, NodeView, Plan
 
@@ -30,12 +30,17 @@ ARRIVAL_SECONDS = 5.0
 REMOVAL_SECONDS = 10.0
 
 
-class PlacementError(RuntimeError):
+class PlacementError(ValueError):
     """A plan that this cluster cannot hold; the first line is the verdict, `explanation` has the figures."""
 
     def __init__(self, message: str, explanation: Explanation | None = None) -> None:
         self.explanation = explanation
         super().__init__(message)
+
+    @property
+    def in_one_line(self) -> str:
+        """The whole in one line, for a job's last word."""
+        return self.explanation.in_one_line if self.explanation else str(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.explanation)
@@ -55,10 +60,13 @@ class Reservation:
     """The index of each actor's bundle within the group; an actor's index rises with its (node, device)."""
     nodes: dict[Bundle, str] = field(default_factory=dict)
     """The id of the node of each actor."""
+    devices: dict[Bundle, tuple[int, ...]] = field(default_factory=dict)
+    """The GPUs of each actor that has any."""
 
     def options(self, pool: str, index: int) -> dict[str, Any]:
         """Options that put actor `index` of `pool` on its place, for ``Actor.options(**...)``.
 
+        It is named "<id of the run>/<pool>-<index>".
         Actors that it creates in turn are not captured by the group.
 
         Raises:
@@ -74,7 +82,9 @@ class Reservation:
         asked = {"num_cpus": bundle.pool.cpus, "num_gpus": bundle.pool.gpus}
         if bundle.pool.memory:
             asked["memory"] = bundle.pool.memory
-        return {**asked, "scheduling_strategy": strategy}
+        devices = ",".join(str(device) for device in self.devices.get(bundle, ()))
+        name = identity.actor_name(f"{pool}-{index}", f"gpu {devices}" if devices else "")
+        return {**asked, "scheduling_strategy": strategy, "name": name}
 
     def release(self) -> None:
         """Give everything back, which ends the actors that are placed here; a second call does nothing."""
@@ -112,6 +122,7 @@ def reserve(plan: Plan, timeout: float = 30.0) -> Reservation:
                 [bundle.pool.each for bundle in bundles],
                 strategy=plan.strategy,
                 bundle_label_selector=[dict(bundle.pool.labels) for bundle in bundles],
+                name=identity.group_name(),
             )
             _await_group(plan, reservation.group, deadline)
             _assign(reservation, bundles, deadline)
@@ -173,6 +184,8 @@ def _assign(reservation: Reservation, bundles: Sequence[Bundle], deadline: float
         for rank, index in enumerate(mine):
             reservation.places[Bundle(pool, rank)] = index
             reservation.nodes[Bundle(pool, rank)] = node_of[index]
+            if index in devices:
+                reservation.devices[Bundle(pool, rank)] = devices[index]
 
 
 def _devices(group: PlacementGroup, bundles: Sequence[Bundle], deadline: float) -> dict[int, tuple[int, ...]]:

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import requests
@@ -15,39 +14,16 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.exceptions import AuthenticationError
 
 from cluster.progress import duration
+from cluster.submission import DASHBOARD, authenticated
 
 logger = logging.getLogger(__name__)
 
-DASHBOARD = "http://127.0.0.1:8265"
 POLL_S = 0.25
 BAD = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
 class ServingError(ValueError):
     """Serve could not be reached, or cannot do what it was asked: the user's to mend, in one line."""
-
-
-def _client(address: str) -> ServeSubmissionClient:
-    """Connect; a cluster that asks for its token gets it, whether or not RAY_AUTH_MODE says so.
-
-    Clusters that `ray.init` starts ask for it by default, but Ray gives it by itself only to those.
-    """
-    try:
-        return ServeSubmissionClient(address)
-    except AuthenticationError:
-        token = _token()
-        if token is None:
-            raise
-        return ServeSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
-
-
-def _token() -> str | None:
-    """Return the cluster's token from where Ray itself looks for it; None if there is none."""
-    given = os.environ.get("RAY_AUTH_TOKEN", "").strip()
-    if given:
-        return given
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return path.read_text().strip() if path.is_file() else None
 
 
 class Serving:
@@ -60,7 +36,7 @@ class Serving:
         """
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
         try:
-            self.client = _client(self.address)
+            self.client = authenticated(ServeSubmissionClient, self.address)
         except AuthenticationError as error:
             raise ServingError(
                 f"dashboard={self.address} wants its cluster's token: set RAY_AUTH_TOKEN or "

@@ -2,16 +2,25 @@
 
 train      a diffusion teacher, or a vision-language-action policy (train_policy)
 distill    a one- to four-step student of it, against a panel of critics
+encode     prompts and images, once, to Parquet shards of embeddings and latents
+distill_text   a one- to four-step student of a text-to-image model (its configuration: text_settings)
 collect    demonstrations of the scripted expert
 rollout    policies and rules of choosing actions on the same episodes (and what of it is in rollout_*)
 evaluate   figures of a finished run on held-out images
 sample     pictures from a finished run
 report     the report of a run, drawn again
 dashboard  the Grafana dashboard of the metrics
-bench      ratios against named rivals: batched heads, the panel in actors, decisions, rollouts
+plan       what a job will hold, whether it fits, and where (plan_* and memory_probe: its parts)
+submit     any of these verbs to a cluster, followed to its end
+bench      ratios against named rivals: batched heads, the panel in actors, transports, decisions, rollouts
 demo       teacher, student, evaluation and report in one go
 ablate     arms of a study over seeds, and their table
 chaos      kills actors of a running demo and tells what became of it
+
+status     what runs where, how far it is, and whether its checkpoint is whole
+logs       the ends of a run's logs, by role and rank
+stacks     what each process of a run does right now
+reap       what a crashed run left, and its removal
 
 config     from YAML and arguments to a checked configuration (and what of it is in config_*)
 settings   the configuration model of every job
@@ -19,7 +28,12 @@ batch_sizes    workers, micro-batches and samples, checked
 runs       opening a run's storage, finishing it
 launch     a loop where the configuration says, with progress and a tidy stop
 stage      the cast on a cluster: critic hosts and evaluation workers, placed and ready
+run_state  what storage alone says of a run: last step, newest whole checkpoint
+watched    what status, logs and stacks share: a run as another process finds it
+failure_card   the last words of a failed run: first cause, and what to do
 crew       rollout workers and action samplers, placed and ready
+scale_*    simulated machines, their calibration by real steps here, and what bench scale shows of both
+sdxl_parts an SDXL-shaped cast from a configuration alone
 scoring    tables of figures, by evaluation workers or here
 """
 

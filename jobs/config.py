@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Section)
 T = TypeVar("T")
-USER_ERROR, INTERRUPTED = 2, 130
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def load_config(model: type[S], argv: Sequence[str]) -> S:
@@ -97,7 +97,8 @@ def run_job(
     """Run `main` on the configuration in `argv` (default: the process's own), print its result line, exit.
 
     Whatever else `main` prints goes to standard error. A ValueError is the user's to mend: one line, exit
-    code 2 (the traceback is logged at DEBUG level). Ctrl-C ends with 130; other errors keep their traceback.
+    code 2 (the traceback is logged at DEBUG level). Ctrl-C ends with 130. Any other error ends with 1, after
+    the whole traceback of its first cause and a card that says what to do (see `jobs.failure_card`).
     """
     config = load_config(model, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(
@@ -107,19 +108,36 @@ def run_job(
         with contextlib.redirect_stdout(sys.stderr):
             result = main(config)
     except KeyboardInterrupt:
+        _note_end("interrupted")
         sys.stderr.write("interrupted\n")
         sys.exit(INTERRUPTED)
     except ValueError as error:
+        _note_end("refused")
         logger.debug("refused", exc_info=True)
         _refuse(
             getattr(error, "cause", None) or error
         )  # an error from a Ray task carries the one raised there
+    except Exception as error:
+        from jobs.failure_card import tell_failure  # only a failure needs it
+
+        logger.debug("failed", exc_info=True)
+        _note_end("failed")
+        tell_failure(error)
+        sys.exit(FAILED)
     result_line(result)
     sys.exit(0)
 
 
+def _note_end(outcome: str) -> None:
+    """Write down how the run ended, if there is one: what knows of runs is loaded then."""
+    identity = sys.modules.get("cluster.identity")
+    if identity is not None:
+        identity.ended(outcome)
+
+
 def _refuse(error: BaseException) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    said = getattr(error, "in_one_line", None) or str(error)  # an error of many lines may have a short form
+    sys.stderr.write(f"error: {' '.join(str(said).split())}\n")
     sys.exit(USER_ERROR)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from actors.crew import Crew, LocalCrew, RolloutCrew
+from actors.roll import show_cast
 from actors.rollouts import RolloutWorker, WorkersConfig, WorkerSettings, worker_actor
 from actors.sampler import (
     LocalSampler,
@@ -121,6 +122,7 @@ def _workers(build: Build, config: WorkersConfig, places: Reservation | None) ->
         actor = worker_actor().options(**options, **places.options("workers", index))
         actors[f"worker-{index}"] = actor.remote(build, settings)
     _await(actors, "start of the rollout workers")
+    show_cast()
     return RolloutCrew(actors, config)
 
 

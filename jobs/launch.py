@@ -8,8 +8,11 @@ from actors.training import TrainerConfig, stopping_on_signals, train_here, trai
 from actors.worker import LoopResult, LoopSpec
 from cluster.connect import connected
 from cluster.failures import retrying
+from cluster.identity import begun, ended
+from cluster.preflight import check_nodes
 from cluster.progress import ProgressLine
 from cluster.reserve import PlacementError, PlacementTimeout
+from counterpoint.strategies.config import check_installed
 from jobs.stage import Cast, check_room
 
 SHOWN = ("loss", "regression_loss", "adversarial_loss", "critic_loss", "samples_per_second")
@@ -26,10 +29,13 @@ def launch(label: str, trainer: TrainerConfig, stage: Stage | None = None, heads
     infrastructure, the cast's start included, is taken up again with a new cast from the last checkpoint. The
     first Ctrl-C or SIGTERM makes the loop save a checkpoint and return; see `LoopResult.finished`.
     """
+    check_installed(trainer.strategy)
     alone = trainer.workers == 0
     with contextlib.ExitStack() as stack:
         if not alone:
             stack.enter_context(connected())
+            if (here := begun()) and here.store:
+                check_nodes(here.store.uri)
             if stage is None:
                 check_room(trainer)
         wish = stack.enter_context(stopping_on_signals())
@@ -103,4 +109,5 @@ class Shown:
 
 def stopped(uri: str, result: LoopResult) -> dict[str, Any]:
     """Return the headline of a run that was asked to stop."""
+    ended("stopped")
     return {"run": uri, "stopped_at_step": result.steps, "go_on_with": "resume=true"}

@@ -19,6 +19,7 @@ from jobs.report_charts import training_charts
 from jobs.report_page import data_uri, facts, render_page, versions
 from jobs.report_panel_charts import panel_charts
 from jobs.report_record import RunRecord, read_record
+from jobs.report_timeline import timeline_charts
 from jobs.report_words import (
     STAGE_WORDS,
     aims,
@@ -70,7 +71,7 @@ def _content(record: RunRecord) -> dict[str, Any]:
         "tiles": _tiles(record),
         "samples": _samples(record),
         "table": _table(record),
-        "training": training_charts(record),
+        "training": training_charts(record) + timeline_charts(record.timeline),
         "panel": panel_charts(record),
         "pool": pool_words(record),
         "warning": _sentence(record.pool.get("warning")),

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from actors.timeline import Timeline, read_timeline
 from cluster.checkpoints import latest_checkpoint
 from cluster.metrics_log import METRICS_FILE, read_metrics
 from cluster.storage import RunStore
@@ -64,6 +65,8 @@ class RunRecord:
     heads: Sequence[HeadAges]
     grids: dict[str, bytes]
     """PNG files by name, `grids/...`."""
+    timeline: Timeline | None = None
+    """Where the time of the newest recorded steps went."""
 
     @cached_property
     def config(self) -> Row:
@@ -162,6 +165,7 @@ def read_record(store: RunStore) -> RunRecord:
         results=read_json(store, RESULTS),
         heads=_read_heads(store),
         grids={name: store.read_bytes(name) for name in grids},
+        timeline=read_timeline(store),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.connect import connected
 from cluster.environment import describe_environment
+from cluster.identity import begin, current, use
 from cluster.storage import RunStore
 from jobs.config import dump_config, run_job
 from jobs.report_record import CONFIG, ENVIRONMENT
@@ -26,7 +27,9 @@ def main(config: RolloutConfig) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if config.workers.count or config.samplers.count:
             stack.enter_context(connected())
+        mine = current()
         train_missing(config)
+        use(mine)
         logs = play(config, store)
     results = compare(config, [log.result.of(config.seeds) for log in logs])
     write_results(store, results)
@@ -50,6 +53,7 @@ def open_comparison(config: RolloutConfig) -> RunStore:
         )
     store.write_text(CONFIG, dump_config(config))
     store.write_text(ENVIRONMENT, json.dumps(describe_environment(), indent=1))
+    begin(store)
     return store
 
 

@@ -1,6 +1,8 @@
 """Opening a run's storage, going on with it, and finishing it."""
 
 import json
+import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,26 +12,30 @@ from diffusers import UNet2DModel
 from diffusers.utils.logging import disable_progress_bar
 
 from actors.recipe import PIPELINE
-from cluster.checkpoints import latest_checkpoint
+from cluster.checkpoints import checkpoint_steps, latest_checkpoint, load_checkpoint
 from cluster.environment import describe_environment
+from cluster.identity import begin, ended
+from cluster.manifest import DamagedCheckpointError
 from cluster.sealing import save_sealed
 from cluster.storage import RunStore
 from counterpoint.pipeline import ClassConditionalPipeline
 from counterpoint.section import Section
 from jobs.config import dump_config
 
+logger = logging.getLogger(__name__)
+
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 FREE_ON_RESUME = {
     "run", "teacher", "start", "resume", "trainer", "evaluation", "alarms", "workers", "samplers",
     "critics.actors", "critics.cpus_per_actor", "critics.gpus_per_actor", "critics.threads",
-    "critics.snapshot_every", "critics.patience",
+    "critics.snapshot_every", "critics.patience", "critics.replicas", "critics.transport",
 }  # fmt: skip
 """Keys that say where a run happens and not what it computes: a resumed run may change them."""
 
 
 def open_run(uri: str, config: Section, resume: bool, in_process: bool) -> RunStore:
-    """Open the storage of a run, write its configuration and environment, and return it.
+    """Open the storage of a run, write its configuration, environment and identity, and return it.
 
     Raises ValueError if the storage is used and `resume` is off, if a resumed run would compute something
     else than it did, or if other processes could not see the storage.
@@ -39,6 +45,7 @@ def open_run(uri: str, config: Section, resume: bool, in_process: bool) -> RunSt
             f"run={uri} lives in one process's memory, which workers do not share: use a path or an object "
             "store, or trainer.workers=0 with critics.actors=0 and evaluation.workers=0"
         )
+    check_lasting(uri)
     store = RunStore(uri)
     if store.exists(CONFIG):
         if not resume:
@@ -46,9 +53,22 @@ def open_run(uri: str, config: Section, resume: bool, in_process: bool) -> RunSt
                 f"run={uri} is a run already: add resume=true to go on with it, or choose another run"
             )
         _check_same(yaml.safe_load(store.read_text(CONFIG)), config, uri)
+        _check_whole(store)
     store.write_text(CONFIG, dump_config(config))
     store.write_text("environment.json", json.dumps(describe_environment(), indent=1))
+    begin(store)
     return store
+
+
+def check_lasting(uri: str) -> None:
+    """Raise ValueError if a run would be stored in the directory that a submitted job is unpacked into."""
+    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))  # Ray sets it for a job
+    unpacked = settings.get("runtime_env", {}).get("working_dir")
+    if unpacked and "://" not in uri and Path(uri).is_relative_to(Path.cwd()):
+        raise ValueError(
+            f"run={uri} lies in the directory of a submitted job, which Ray deletes: give an absolute path "
+            "that all nodes see or a URI such as s3://bucket/run, or submit with storage="
+        )
 
 
 def _check_same(stored: dict[str, Any], config: Section, uri: str) -> None:
@@ -60,6 +80,21 @@ def _check_same(stored: dict[str, Any], config: Section, uri: str) -> None:
                 f"{key}={now.get(key)} but the run at {uri} was made with {before.get(key)}: resume it with "
                 "the configuration stored there, or choose another run"
             )
+
+
+def _check_whole(store: RunStore) -> None:
+    """Say where a run goes on; ValueError if all its checkpoints are damaged: it would begin anew unasked."""
+    steps, newest = checkpoint_steps(store), latest_checkpoint(store)
+    if newest is not None:
+        logger.info("run=%s goes on from its checkpoint of step %d", store.uri, newest.step)
+    elif steps:
+        try:
+            load_checkpoint(store, steps[-1])
+        except DamagedCheckpointError as damage:
+            raise ValueError(
+                f"run={store.uri} cannot be resumed, none of its {len(steps)} checkpoints is whole: "
+                f"{damage}: restore that file, or delete checkpoints/ and snapshots/ to begin anew"
+            ) from damage
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -87,6 +122,7 @@ def read_results(store: RunStore) -> dict[str, Any]:
 def write_results(store: RunStore, results: dict[str, Any]) -> None:
     """Store the results of a run, as the last thing that makes it a finished one."""
     store.write_text(RESULTS, json.dumps(results, indent=1))
+    ended("done", store)
 
 
 def final_weights(store: RunStore) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The configuration model of every training job; a field's default lives here or in the section it names."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from actors.training import TrainerConfig
+from actors.wire import COLLECTIVE, Transport, WireDtype
 from counterpoint.alarms import AlarmsConfig
 from counterpoint.critics.config import CriticsConfig
 from counterpoint.data import DataConfig
@@ -21,10 +23,17 @@ from counterpoint.teacher import TeacherConfig
 from counterpoint.unet import UNetConfig
 from jobs.batch_sizes import check_batch_sizes
 
+STORAGE = "COUNTERPOINT_STORAGE"
+"""Variable that says below which folder or URI relative paths of runs lie; `jobs.submit storage=` sets it."""
+
 
 def absolute(uri: str) -> str:
     """Return a storage URI that means the same in every process: a local path is made absolute."""
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    path = Path(uri).expanduser()
+    if "://" in uri or path.is_absolute():
+        return uri if "://" in uri else str(path)
+    base = os.environ.get(STORAGE, "").rstrip("/")
+    return f"{base}/{uri}" if base else str(path.absolute())
 
 
 RunUri = Annotated[str, AfterValidator(absolute)]
@@ -60,6 +69,15 @@ class HostedCriticsConfig(CriticsConfig):
     """Steps between a group's snapshots; what came since is sent again to a restarted actor."""
     patience: float = Field(default=120.0, gt=0.0)
     """Seconds to wait for a verdict, restarts included, before the step fails."""
+    replicas: int = Field(default=1, ge=1)
+    """Actors for each share of the critic groups, each judging the samples of trainer.workers / replicas
+    workers; the gradients of their heads are averaged, so that all hold the same heads."""
+    transport: Transport = "object_store"
+    """What carries tensors. nixl: gradients come to trainers by Ray's direct transport; gloo and nccl:
+    replicas of a group exchange what heads learn in a collective group, and a lost one costs the run the
+    steps since its last checkpoint."""
+    wire_dtype: WireDtype = "float32"
+    """What samples and the student's gradients cross as: exact, or rounded to half the bytes."""
 
     @model_validator(mode="after")
     def _check_actors(self) -> "HostedCriticsConfig":
@@ -67,7 +85,43 @@ class HostedCriticsConfig(CriticsConfig):
             raise ValueError(
                 f"actors={self.actors} exceeds the {len(self.noise_levels)} critic groups: lower it"
             )
+        self._check_transport()
+        wired = (self.replicas, self.wire_dtype, self.transport) != (1, "float32", "object_store")
+        if self.actors == 0 and wired:
+            raise ValueError(
+                f"actors=0 keeps the critics in the trainer, with no wire: replicas={self.replicas}, "
+                f"wire_dtype={self.wire_dtype} and transport={self.transport} must be 1, float32 and "
+                "object_store, or actors 1 or more"
+            )
         return self
+
+    def _check_transport(self) -> None:
+        """Raise ValueError for a transport with nothing to carry, or whose ends would block each other."""
+        if self.transport not in COLLECTIVE:
+            return
+        if self.replicas == 1:
+            raise ValueError(
+                f"transport={self.transport} carries what replicas exchange, and a Ray Train worker cannot "
+                "be an end of it: set replicas to 2 or more, or transport to object_store or nixl"
+            )
+        if self.actors != len(self.noise_levels):
+            raise ValueError(
+                f"transport={self.transport} needs an actor for each of the {len(self.noise_levels)} noise "
+                f"levels, not actors={self.actors}: exchanges of one actor would block each other"
+            )
+        if self.transport == "nccl" and self.gpus_per_actor < 1:
+            raise ValueError(
+                f"transport=nccl needs a GPU for each actor, not gpus_per_actor={self.gpus_per_actor:g}: "
+                "set it to 1, or transport to gloo"
+            )
+
+    def check_replicas(self, workers: int) -> None:
+        """Raise ValueError unless `workers` trainers can be shared out among the replicas."""
+        if workers % self.replicas:
+            raise ValueError(
+                f"critics.replicas={self.replicas} does not divide trainer.workers={workers}, of which each "
+                "replica serves as many: choose a divisor"
+            )
 
     def plain(self) -> CriticsConfig:
         """Return the pool's own part."""
@@ -146,24 +200,33 @@ class DistillConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "DistillConfig":
-        if self.critics.actors == 0 and self.trainer.workers > 1 and self.adversarial.uses_panel:
-            raise ValueError(
-                f"critics.actors=0 gives each of trainer.workers={self.trainer.workers} a panel of its own: "
-                "set critics.actors to 1 or more, or trainer.workers to 1"
-            )
-        if self.trainer.workers == 0 and self.critics.actors > 0 and self.adversarial.uses_panel:
-            raise ValueError(
-                f"critics.actors={self.critics.actors} needs Ray, which trainer.workers=0 does without: "
-                "set critics.actors=0, or trainer.workers=1"
-            )
-        if self.critics.order == "critics_first" and self.trainer.accumulate > 1:
-            raise ValueError(
-                "critics.order=critics_first cannot judge before all trainer.accumulate="
-                f"{self.trainer.accumulate} micro-batches have taught heads: set critics.order=student_first"
-            )
-        if self.warmup.steps:
-            check_batch_sizes({"warmup.batch_size": self.warmup.batch_size}, self.trainer)
-        levels = self.critics.levels_per_step if self.adversarial.uses_panel else 1
-        if self.adversarial.steps:
-            check_batch_sizes({"adversarial.batch_size": self.adversarial.batch_size}, self.trainer, levels)
+        check_distillation(self.critics, self.warmup, self.adversarial, self.trainer)
         return self
+
+
+def check_distillation(
+    critics: HostedCriticsConfig, warmup: WarmupConfig, adversarial: AdversarialConfig, trainer: TrainerConfig
+) -> None:
+    """Raise ValueError where the sections of a distillation do not fit together."""
+    if critics.actors == 0 and trainer.workers > 1 and adversarial.uses_panel:
+        raise ValueError(
+            f"critics.actors=0 gives each of trainer.workers={trainer.workers} a panel of its own: "
+            "set critics.actors to 1 or more, or trainer.workers to 1"
+        )
+    if trainer.workers == 0 and critics.actors > 0 and adversarial.uses_panel:
+        raise ValueError(
+            f"critics.actors={critics.actors} needs Ray, which trainer.workers=0 does without: "
+            "set critics.actors=0, or trainer.workers=1"
+        )
+    if critics.actors > 0 and adversarial.uses_panel:
+        critics.check_replicas(max(1, trainer.workers))
+    if critics.order == "critics_first" and trainer.accumulate > 1:
+        raise ValueError(
+            "critics.order=critics_first cannot judge before all trainer.accumulate="
+            f"{trainer.accumulate} micro-batches have taught heads: set critics.order=student_first"
+        )
+    if warmup.steps:
+        check_batch_sizes({"warmup.batch_size": warmup.batch_size}, trainer)
+    levels = critics.levels_per_step if adversarial.uses_panel else 1
+    if adversarial.steps:
+        check_batch_sizes({"adversarial.batch_size": adversarial.batch_size}, trainer, levels)

@@ -1,6 +1,8 @@
 """The cast of a distillation on a cluster: critic hosts and evaluation workers, placed and checked."""
 
 import contextlib
+import importlib.util
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +13,11 @@ import torch
 
 from actors.critics import HostSettings, critic_actor
 from actors.evaluation import EvaluationRecipe, Evaluator
-from actors.panel import HostHandle
+from actors.panel import HostHandle, introduce
 from actors.recipe import PanelRecipe, build_local_panel
 from actors.training import TrainerConfig
 from cluster.connect import thread_env
-from cluster.placement import Pool, plan
+from cluster.placement import Pool, Strategy, plan
 from cluster.reserve import Reservation, reserve
 from cluster.waiting import get, ready
 from jobs.settings import EvaluatorsConfig, HostedCriticsConfig
@@ -50,18 +52,25 @@ def cast(
     and which setting to lower.
     """
     actors = critics.actors if panel is not None else 0
+    if actors and critics.transport == "nixl" and importlib.util.find_spec("nixl") is None:
+        raise ValueError(
+            "critics.transport=nixl needs the package nixl on every node: pip install nixl, or set "
+            "critics.transport=object_store"
+        )
     pools = [
-        Pool("critics", actors, critics.cpus_per_actor, critics.gpus_per_actor, setting="critics.actors"),
+        _critic_pool(critics, actors),
         _evaluator_pool(evaluators, evaluators.workers if evaluation is not None else 0),
         _trainer_pool(trainer),
     ]
-    with reserve(plan(pools), timeout=PLACEMENT_TIMEOUT) as places:
-        hosts = _hosts(places, panel, critics, actors, max(1, trainer.workers), uri)
+    strategy: Strategy = "SPREAD" if critics.replicas > 1 else "PACK"
+    with reserve(plan(pools, strategy), timeout=PLACEMENT_TIMEOUT) as places:
+        hosts = _hosts(places, panel, critics, actors, trainer, uri)
         workers = _evaluators(places, evaluation, pools[1].count)
         named = {host.name: host.actor for host in hosts} | {
             f"evaluator-{i}": a for i, a in enumerate(workers)
         }
         ready(named, timeout=START_TIMEOUT, what="start of the cast")
+        introduce(hosts, hosts, timeout=START_TIMEOUT)
         yield Cast(hosts, workers)
 
 
@@ -96,6 +105,16 @@ def _trainer_pool(trainer: TrainerConfig) -> Pool:
     )
 
 
+def _critic_pool(critics: HostedCriticsConfig, actors: int) -> Pool:
+    return Pool(
+        "critics",
+        actors * critics.replicas,
+        critics.cpus_per_actor,
+        critics.gpus_per_actor,
+        setting="critics.actors" if critics.replicas == 1 else "critics.actors x critics.replicas",
+    )
+
+
 def _evaluator_pool(evaluators: EvaluatorsConfig, count: int) -> Pool:
     return Pool(
         "evaluators",
@@ -119,25 +138,32 @@ def _hosts(
     panel: PanelRecipe | None,
     critics: HostedCriticsConfig,
     actors: int,
-    ranks: int,
+    trainer: TrainerConfig,
     uri: str,
 ) -> tuple[HostHandle, ...]:
     if panel is None or actors == 0:
         return ()
     hosts = []
-    for index, groups in enumerate(shares(len(critics.noise_levels), actors)):
-        name = f"critics-{index}"
+    replicas, ranks = critics.replicas, max(1, trainer.workers)
+    # Places are in the order of nodes: all shares once, then all again, so that a share's replicas lie apart.
+    seats = itertools.product(range(replicas), enumerate(shares(len(critics.noise_levels), actors)))
+    for place, (replica, (index, groups)) in enumerate(seats):
+        name = f"critics-{index}" if replicas == 1 else f"critics-{index}-replica-{replica}"
+        snapshots = f"{uri.rstrip('/')}/snapshots" + (f"/replica-{replica}" if replica else "")
         settings = HostSettings(
-            name, groups, f"{uri.rstrip('/')}/snapshots", critics.snapshot_every, critics.patience
-        )
+            name, groups, snapshots, critics.snapshot_every, critics.patience, replica, replicas,
+            critics.transport,
+        )  # fmt: skip
         actor = (
-            critic_actor(len(groups), ranks)
+            critic_actor(len(groups), ranks // replicas, replicas, 2 * trainer.accumulate, critics.transport)
             .options(
-                runtime_env={"env_vars": thread_env(critics.threads)}, **places.options("critics", index)
+                runtime_env={"env_vars": thread_env(critics.threads)}, **places.options("critics", place)
             )
             .remote(panel, settings)
         )
-        hosts.append(HostHandle(name, groups, actor))
+        hosts.append(
+            HostHandle(name, groups, actor, replica, replicas, critics.wire_dtype, critics.transport)
+        )
     return tuple(hosts)
 
 
@@ -151,7 +177,10 @@ def check_digests(hosts: tuple[HostHandle, ...], panel: PanelRecipe) -> dict[str
     )
     found = {name: digest for answer in answers.values() for name, digest in answer.items()}
     expected = build_local_panel(panel, torch.device("cpu")).digests()
-    wrong = sorted(name for name in found if found[name] != expected[name])
+    # By answer: replicas answer under one name.
+    wrong = sorted(
+        {name for answer in answers.values() for name in answer if answer[name] != expected[name]}
+    )
     if wrong:
         raise RuntimeError(
             f"{', '.join(wrong)} started with other heads than seed {panel.seed} gives: compare the versions "

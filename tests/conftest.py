@@ -77,15 +77,18 @@ def ray_cluster() -> Iterator[RayCluster]:
 
 
 @pytest.fixture(scope="module")
-def fake_cluster(ray_cluster: RayCluster) -> Iterator[RayCluster]:
+def fake_cluster(ray_cluster: RayCluster, request: pytest.FixtureRequest) -> Iterator[RayCluster]:
     """A head of 2 CPUs and two nodes with fake GPUs (2 and 1), labelled `rack: 0` and `rack: 1`.
+
+    A module that needs other nodes beside the head names them in `NODES`.
 
     The process's connection moves here for a module and then back: actors that earlier modules left are gone.
     """
     _detach()
+    shapes = getattr(request.module, "NODES", FAKE_NODES)
     with _running(num_cpus=2) as cluster:
         nodes = tuple(
-            cluster.add_node(**shape, labels={"rack": str(rack)}) for rack, shape in enumerate(FAKE_NODES)
+            cluster.add_node(**shape, labels={"rack": str(rack)}) for rack, shape in enumerate(shapes)
         )
         cluster.wait_for_nodes()
         _attach(cluster.address)

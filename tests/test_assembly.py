@@ -75,3 +75,36 @@ def test_reset_releases_whoever_waits():
     later = threading.Timer(0.05, assembly.submit, ((0, 0), 1, 2, "b"))
     later.start()
     assert assembly.submit((0, 0), 0, 2, "A") == "Ab/0"
+
+
+def test_results_are_kept_until_every_rank_is_known_to_have_them():
+    calls = []
+
+    def compute(parts):
+        calls.append(parts)
+        return joined(parts)
+
+    assembly = Assembly(compute, timeout=1.0)
+    for step in range(3):
+        assembly.submit((step, 0), 0, 1, str(step))
+    assert [assembly.submit((step, 0), 0, 1, "again") for step in range(3)] == ["0/0", "1/0", "2/0"]
+    assembly.answered = (1, 0)
+    assembly.submit((3, 0), 0, 1, "3")
+    assert [assembly.remembers((step, 0)) for step in range(4)] == [False, False, True, True]
+    assert len(calls) == 4
+
+
+def test_a_message_waits_for_the_one_before_it_as_long_as_that_is_on_its_way():
+    done = []
+    assembly = Assembly(lambda parts: [done.append(0) for _ in parts], timeout=10.0)
+    with ThreadPoolExecutor(4) as pool:
+        one = pool.submit(assembly.submit, (0, 0), 0, 2, "a")
+        while (0, 0) not in assembly._open:
+            time.sleep(0.001)
+        follower = pool.submit(assembly.follows, (0, 0), lambda: bool(done), 0.01)
+        time.sleep(0.1)
+        assert not follower.done()
+        assembly.submit((0, 0), 1, 2, "b")
+        assert one.result(5) is None
+        assert follower.result(5)
+    assert not assembly.follows((1, 0), lambda: False, 0.01)

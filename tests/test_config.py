@@ -422,9 +422,14 @@ def test_a_job_that_ends_early_says_so_by_its_exit_code(
     assert capsys.readouterr() == ("", said)
 
 
-def test_our_own_mistakes_keep_their_traceback() -> None:
-    with pytest.raises(RuntimeError, match="our own mistake"):
+def test_our_own_mistakes_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
         run_job(broken, Job, [])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.count("Traceback (most recent call last)") == 1
+    assert "in broken" in told
+    assert "our own mistake" in told
 
 
 def test_a_process_exits_with_code_two_and_one_line() -> None:

@@ -28,7 +28,9 @@ class Notebook:
     def __init__(self) -> None:
         self.asked: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> list[Tensor]:
+    def __call__(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor, corners: Tensor | None = None
+    ) -> list[Tensor]:
         self.asked.append((x, timesteps, labels))
         return [x]
 

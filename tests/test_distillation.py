@@ -13,8 +13,9 @@ from counterpoint.critics.group import Samples
 from counterpoint.critics.panel import LocalPanel, PanelVerdict, Pending
 from counterpoint.diffusion import NoiseConfig, build_noise_scheduler
 from counterpoint.distillation import AdversarialConfig, Distiller, WarmupConfig
-from counterpoint.optimization import Optimization, OptimizerConfig
+from counterpoint.optimization import OptimizerConfig
 from counterpoint.place import Place
+from counterpoint.strategies.learner import Learner
 from counterpoint.student import StudentConfig
 
 WARMUP = {"steps": 2, "batch_size": 8, "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=2)}
@@ -77,7 +78,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
 def gradient(monkeypatch: pytest.MonkeyPatch, student: Distiller, step: int) -> dict[str, Tensor]:
     """The gradients that one step hands to the optimizer."""
     with monkeypatch.context() as patch:
-        patch.setattr(Optimization, "step", lambda self, step: (0.0, 0.0))
+        patch.setattr(Learner, "step", lambda self, step: (0.0, 0.0))
         student.step(step)
     return {name: p.grad.clone() for name, p in student.unet.named_parameters() if p.grad is not None}
 
@@ -106,8 +107,8 @@ def test_the_student_leaves_the_warm_up_with_its_average_and_a_fresh_optimizer()
     assert moved(average, weights(student))
     student.step(2)
     assert not moved(average, weights(student))
-    assert not student.optimization.optimizer.state
-    assert student.optimization.config == student.adversarial.optimizer
+    assert not student.learner.optimizer.state
+    assert student.learner.config == student.adversarial.optimizer
 
 
 def test_heads_are_bit_equal_across_the_students_step() -> None:
@@ -245,7 +246,7 @@ def test_ranks_average_to_the_whole_batch(
     precision: dict[str, Any] = {"dtype": torch.float64, "real": "teacher"}
     alone = distiller(single, **precision)
     ranks = [distiller(shared.of_rank(r), Place(r, 2), accumulate, **precision) for r in range(2)]
-    monkeypatch.setattr(Optimization, "step", lambda self, step: (0.0, 0.0))
+    monkeypatch.setattr(Learner, "step", lambda self, step: (0.0, 0.0))
     alone.step(FIRST_OF_PANEL)
     threads = [threading.Thread(target=rank.step, args=(FIRST_OF_PANEL,)) for rank in ranks]
     for thread in threads:
@@ -272,7 +273,7 @@ def test_the_students_gradient_is_the_finite_difference(
     index = int(found.abs().argmax())
     weight = dict(student.unet.named_parameters())[name].data.view(-1)
     losses = []
-    monkeypatch.setattr(Optimization, "step", lambda self, step: (0.0, 0.0))
+    monkeypatch.setattr(Learner, "step", lambda self, step: (0.0, 0.0))
     for h in (1e-4, -2e-4):
         critics.load(start, 0)
         weight[index] += h
@@ -298,11 +299,11 @@ def test_a_continued_warm_up_regresses_at_its_own_schedule(monkeypatch: pytest.M
     student = distiller(adversarial_weight=0.0, regression_weight=0.25)
     steps: list[int] = []
 
-    def note(_self: Optimization, step: int) -> tuple[float, float]:
+    def note(_self: Learner, step: int) -> tuple[float, float]:
         steps.append(step)
         return 0.0, 0.0
 
-    monkeypatch.setattr(Optimization, "step", note)
+    monkeypatch.setattr(Learner, "step", note)
     for step in range(5):
         student.step(step)
     assert steps == [0, 1, 0, 1, 2]
@@ -360,7 +361,7 @@ def test_samples_go_to_the_groups_of_their_place_in_the_step() -> None:
 
 
 def test_figures_are_means_over_the_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Optimization, "step", lambda self, step: (0.0, 0.0))
+    monkeypatch.setattr(Learner, "step", lambda self, step: (0.0, 0.0))
     rows = [
         distiller(panel(order="student_first", levels_per_step=2), accumulate=n).step(FIRST_OF_PANEL)
         for n in (1, 4)

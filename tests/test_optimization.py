@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from counterpoint.optimization import Optimization, OptimizerConfig, load_weights, rank_slices, weights_of
+from counterpoint.optimization import OptimizerConfig, load_weights, rank_slices, weights_of
+from counterpoint.strategies.learner import Learner
+from counterpoint.strategies.whole import WholeLearner
 
 OPTIONS: dict[str, Any] = {
     "learning_rate": 0.05,
@@ -30,20 +32,20 @@ def gradients(step: int) -> list[Tensor]:
     return [torch.randn(2, 3, generator=stream), torch.randn(2, generator=stream)]
 
 
-def learn(net: nn.Module, optimization: Optimization, steps: range) -> list[tuple[float, float]]:
+def learn(net: nn.Module, learner: Learner, steps: range) -> list[tuple[float, float]]:
     figures = []
     for step in steps:
         for p, gradient in zip(net.parameters(), gradients(step), strict=True):
             p.grad = gradient
-        figures.append(optimization.step(step))
+        figures.append(learner.step(step))
     return figures
 
 
 @pytest.mark.parametrize("decay", [True, False])
 def test_a_step_is_adamw_with_schedule_clipping_and_ema(decay: bool) -> None:
     net, other = network(), network()
-    optimization = Optimization(net, OptimizerConfig(**OPTIONS, decay=decay), TOTAL)
-    figures = learn(net, optimization, range(TOTAL))
+    learner = WholeLearner(net, OptimizerConfig(**OPTIONS, decay=decay), TOTAL)
+    figures = learn(net, learner, range(TOTAL))
     adamw = torch.optim.AdamW(other.parameters(), lr=1.0, betas=(0.8, 0.9), weight_decay=0.1)
     ema = [p.detach().clone() for p in other.parameters()]
     for step in range(TOTAL):
@@ -58,27 +60,26 @@ def test_a_step_is_adamw_with_schedule_clipping_and_ema(decay: bool) -> None:
         memory = min(0.6, (step + 1) / (step + 10)) if step else 0.0
         ema = [memory * e + (1 - memory) * p.detach() for e, p in zip(ema, other.parameters(), strict=True)]
     torch.testing.assert_close(list(net.parameters()), list(other.parameters()))
-    assert list(optimization.averaged()) == ["weight", "bias"]
-    torch.testing.assert_close(list(optimization.averaged().values()), ema)
+    assert list(learner.averaged()) == ["weight", "bias"]
+    torch.testing.assert_close(list(learner.averaged().values()), ema)
     assert all(p.grad is None for p in net.parameters())
 
 
 def test_without_ema_the_last_weights_are_kept() -> None:
     net = network()
-    optimization = Optimization(net, OptimizerConfig(ema_decay=0.0), TOTAL)
-    learn(net, optimization, range(4))
-    assert all(torch.equal(optimization.averaged()[name], p) for name, p in net.named_parameters())
+    learner = WholeLearner(net, OptimizerConfig(ema_decay=0.0), TOTAL)
+    learn(net, learner, range(4))
+    assert all(torch.equal(learner.averaged()[name], p) for name, p in net.named_parameters())
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5])
 def test_a_restored_optimization_goes_on_bit_for_bit(cut: int) -> None:
     nets = network(), network()
-    unbroken, restored = (Optimization(net, OptimizerConfig(**OPTIONS), TOTAL) for net in nets)
+    unbroken, restored = (WholeLearner(net, OptimizerConfig(**OPTIONS), TOTAL) for net in nets)
     learn(nets[0], unbroken, range(cut))
-    weights, state = weights_of(nets[0]), unbroken.state()
+    weights, state = unbroken.weights(), unbroken.state()
     learn(nets[1], restored, range(7))  # what a restored optimization did before must not count
-    load_weights(nets[1], weights)
-    restored.load(state)
+    restored.load(weights, state)
     learn(nets[0], unbroken, range(cut, TOTAL))
     learn(nets[1], restored, range(cut, TOTAL))
     assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
@@ -88,11 +89,11 @@ def test_a_restored_optimization_goes_on_bit_for_bit(cut: int) -> None:
 def test_frozen_parameters_are_left_alone() -> None:
     net = network()
     net.bias.requires_grad_(False)
-    optimization = Optimization(net, OptimizerConfig(**OPTIONS), TOTAL)
+    learner = WholeLearner(net, OptimizerConfig(**OPTIONS), TOTAL)
     before = net.bias.clone()
-    learn(net, optimization, range(2))
+    learn(net, learner, range(2))
     assert torch.equal(net.bias, before)
-    assert list(optimization.averaged()) == ["weight"]
+    assert list(learner.averaged()) == ["weight"]
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -102,6 +103,80 @@ def test_two_ranks_are_judged_as_one_batch_in_any_order(ray_cluster, undisturbed
     for name, group in theirs.items():
         for key in group:
             assert torch.allclose(mine[name][key].float(), group[key].float(), atol=1e-5), (name, key)
+    kill(hosts)
+
+
+@pytest.fixture(scope="module")
+def ahead(tiny_teacher):
+    """A student that asks a step ahead, its panel in this process: its weights and heads after each cut."""
+    recipe = panel_recipe(tiny_teacher)
+    trainer = run(recipe, local_panel(recipe), 24, staleness=1)
+    return recipe, weights(trainer), trainer.panel.state()
+
+
+@pytest.mark.parametrize("at", [(), (9, 16)], ids=["undisturbed", "killed"])
+def test_asking_ahead_gives_the_same_student_whatever_dies(ray_cluster, ahead, tmp_path, at):
+    recipe, expected, heads = ahead
+    hosts = start_hosts(recipe, [(0, 1, 2, 3)], tmp_path)
+    trainer = distiller(recipe, remote_panel(recipe, hosts), STEPS, staleness=1)
+    for step in range(24):
+        if step in at:
+            os.kill(ray.get(hosts[0].actor.pid.remote(), timeout=30), signal.SIGKILL)
+        trainer.step(step)
+    assert (trainer.panel.recoveries > 0) is bool(at)
+    state = trainer.state()
+    assert (weights(trainer) - expected).abs().max() < 1e-5
+    assert torch.equal(state["critics-0"]["ticks"], heads["critics-0"]["ticks"])
+    # Taken up from a checkpoint with a verdict in it, by hosts that are a step ahead.
+    trainer.step(24)
+    after, told = weights(trainer), trainer.panel.digests()
+    trainer.load(state, 24)
+    trainer.step(24)
+    assert torch.equal(weights(trainer), after)
+    assert trainer.panel.digests() == told
+    kill(hosts)
+
+
+def test_two_ranks_ask_ahead_in_any_order_and_a_killed_host_gives_every_answer_again(
+    ray_cluster, undisturbed, tmp_path
+):
+    """Rank 1 is a whole step behind rank 0 in taking its answers when the host dies after a snapshot."""
+    recipe, _, _ = undisturbed
+    hosts = start_hosts(recipe, [(0, 1, 2, 3)], tmp_path, ranks=2)
+    ranks, whole = [remote_panel(recipe, hosts, rank, 2) for rank in range(2)], local_panel(recipe)
+    asked, expected = {}, {}
+
+    def ask(step):
+        stream = torch.Generator().manual_seed(step)
+        fake, real = torch.randn(2, 16, 1, 8, 8, generator=stream)
+        labels, groups = torch.arange(16) % 10, whole.pool.assign_groups(step, 16)
+        for rank in (0, 1) if step % 2 else (1, 0):
+            half = slice(8 * rank, 8 * rank + 8)
+            asked[step, rank] = ranks[rank].ask(
+                Samples(step, fake[half], real[half], labels[half]), groups[half]
+            )
+        expected[step] = whole.ask(Samples(step, fake, real, labels), groups).result()
+
+    def answer(step, rank):
+        gradient = asked.pop((step, rank)).result().gradient / 2
+        half = slice(8 * rank, 8 * rank + 8)
+        torch.testing.assert_close(gradient, expected[step].gradient[half], atol=1e-5, rtol=0.0)
+
+    ask(0)
+    for step in range(12):
+        ask(step + 1)
+        answer(step, 0)
+        if step == 7:
+            # The snapshot before step 7 waits for rank 1's answer to step 6, which it has had by step 8.
+            os.kill(ray.get(hosts[0].actor.pid.remote(), timeout=30), signal.SIGKILL)
+            with ThreadPoolExecutor(2) as threads:
+                list(threads.map(answer, (step, step + 1), (1, 0)))
+            answer(step + 1, 1)
+            ask(step + 2)
+            break
+        answer(step, 1)
+    for rank in (0, 1):
+        answer(9, rank)
     kill(hosts)
 
 

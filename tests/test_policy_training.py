@@ -13,13 +13,15 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from vla_parts import COLOURS, WORDS, inputs_of, policy, squares, tokens_of, words
 
-from counterpoint.optimization import Optimization, OptimizerConfig
+from counterpoint.optimization import OptimizerConfig
 from counterpoint.place import Place
 from counterpoint.policies.compact import CompactPolicy
 from counterpoint.policies.perception import PerceptionConfig, PerceptionData, pixel_errors
 from counterpoint.policies.training import ConditionDropout, PolicyTrainer, PolicyTrainingConfig
 from counterpoint.policies.vision import VisionConfig
 from counterpoint.seeds import generator
+from counterpoint.strategies import whole
+from counterpoint.strategies.learner import Learner
 
 DATA = squares(6)
 QUICK = OptimizerConfig(warmup_steps=1, ema_decay=0.9)
@@ -64,7 +66,7 @@ def moved(before: dict[str, Tensor], network: torch.nn.Module) -> set[str]:
 def gradients(monkeypatch: pytest.MonkeyPatch, one: PolicyTrainer, step: int) -> dict[str, Tensor]:
     """The gradients that one step hands to the optimizer."""
     with monkeypatch.context() as patch:
-        patch.setattr(Optimization, "step", lambda self, step: (0.0, 0.0))
+        patch.setattr(Learner, "step", lambda self, step: (0.0, 0.0))
         one.step(step)
     return {name: p.grad.clone() for name, p in one.policy.named_parameters() if p.grad is not None}
 
@@ -154,7 +156,7 @@ def test_ranks_and_micro_batches_average_to_the_whole_batchs_gradients(
         if step > 3:
             one.load(halfway, 3)
             gradients(monkeypatch, one, 3)
-            one.optimization.optimizer.zero_grad()
+            one.learner.optimizer.zero_grad()
         return one
 
     halfway_run = trainer(policy(end_token=end_token))
@@ -280,12 +282,17 @@ def test_tokens_that_do_not_fit_are_refused(tokens: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pointer", "patches"])
-def test_data_parallel_wrapping_uses_every_weight_that_learns(tmp_path: Path, kind: str) -> None:
+def test_data_parallel_wrapping_uses_every_weight_that_learns(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # DistributedDataParallel refuses the next step if a weight that learns had no part in the last.
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        plain, wrapped = trainer(policy(kind)), trainer(policy(kind), Place(wrap=DistributedDataParallel), 2)
+        plain = trainer(policy(kind))
+        monkeypatch.setattr(whole, "averages", lambda place: True)
+        wrapped = trainer(policy(kind), accumulate=2)
         for step in range(plain.total_steps):
             assert wrapped.step(step)["loss"] == pytest.approx(plain.step(step)["loss"], rel=1e-3)
+            assert isinstance(wrapped.learner.wrapped, DistributedDataParallel)
     finally:
         dist.destroy_process_group()

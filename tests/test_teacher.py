@@ -1,15 +1,19 @@
 """The teacher's training: resumed, accumulated and shared out, it is the same training."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import digits, unet
 from torch import Tensor
 
 from counterpoint.diffusion import NoiseConfig, build_noise_scheduler
-from counterpoint.optimization import Optimization, OptimizerConfig
+from counterpoint.optimization import OptimizerConfig
 from counterpoint.place import Place
+from counterpoint.strategies import whole
+from counterpoint.strategies.learner import Learner
 from counterpoint.teacher import TeacherConfig, TeacherTrainer
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=4, ema_decay=0.9)
@@ -26,7 +30,7 @@ def trainer(
 def gradient(monkeypatch: pytest.MonkeyPatch, teacher: TeacherTrainer) -> dict[str, Tensor]:
     """The gradients that one step hands to the optimizer."""
     with monkeypatch.context() as patch:
-        patch.setattr(Optimization, "step", lambda self, step: (0.0, 0.0))
+        patch.setattr(Learner, "step", lambda self, step: (0.0, 0.0))
         teacher.step(3)
     return {name: p.grad.clone() for name, p in teacher.unet.named_parameters() if p.grad is not None}
 
@@ -70,24 +74,24 @@ def test_ranks_average_to_the_whole_batch(monkeypatch: pytest.MonkeyPatch, accum
     torch.testing.assert_close(mean, whole, atol=1e-6, rtol=1e-4)
 
 
-def test_gradients_stay_local_until_the_last_micro_batch() -> None:
-    entered: list[str] = []
+def test_gradients_stay_local_until_the_last_micro_batch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(whole, "averages", lambda place: True)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        teacher, local = trainer(accumulate=3), []
+        forward = teacher.learner.network
 
-    class Wrapped(torch.nn.Module):
-        def __init__(self, network: torch.nn.Module) -> None:
-            super().__init__()
-            self.network = network
+        def listen(*args: Any, **options: Any) -> Any:
+            local.append(not teacher.learner.wrapped.require_backward_grad_sync)
+            return forward(*args, **options)
 
-        def forward(self, *args: Any, **options: Any) -> Any:
-            entered.append("forward")
-            return self.network(*args, **options)
-
-        def no_sync(self) -> Any:
-            entered.append("no_sync")
-            return torch.enable_grad()
-
-    trainer(Place(wrap=Wrapped), accumulate=3).step(0)
-    assert entered == ["no_sync", "forward", "no_sync", "forward", "forward"]
+        teacher.learner.network = listen
+        teacher.step(0)
+    finally:
+        dist.destroy_process_group()
+    assert local == [True, True, False]
 
 
 def test_all_conditions_dropped_train_the_null_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from cluster.failures import classify
 from cluster.metrics_log import MetricsLog
 from cluster.reserve import PlacementError
 from cluster.storage import RunStore
+from counterpoint.strategies.config import StrategyConfig
 from jobs import distill, stage
 from jobs.runs import read_results
 
@@ -151,3 +152,25 @@ def test_workers_use_the_threads_that_they_were_given(ray_cluster):
     assert TrainerConfig(workers=10_000).torch_threads() == 1
     assert TrainerConfig(workers=0).torch_threads() == os.cpu_count()
     assert torch.get_num_threads() == 1
+
+
+def test_what_two_workers_of_zero_3_began_one_of_ddp_ends(ray_cluster, tmp_path):
+    run, alone = str(tmp_path / "run"), str(tmp_path / "alone")
+    spec = LoopSpec(run, recipe(SlowTeacher, run), checkpoint_every=5)
+    wish = StopSignal()
+
+    def watch(figures):
+        wish.asked = wish.asked or figures.get("step", 0) >= 2
+
+    zero = StrategyConfig(name="deepspeed", zero_stage=3)
+    stopped = train_on_ray(spec, TWO.model_copy(update={"strategy": zero}), watch, wish)
+    assert (stopped.finished, stopped.started_at) == (False, 0)
+    assert len(latest_checkpoint(RunStore(run)).files["optimizer"]) == 2
+    one = TrainerConfig(workers=1, threads=1, checkpoint_every=5)
+    ended = train_on_ray(spec, one, lambda figures: None, StopSignal())
+    assert (ended.finished, ended.started_at, ended.steps) == (True, stopped.steps, STEPS)
+    train_here(
+        LoopSpec(alone, recipe(SlowTeacher, alone), checkpoint_every=5),
+        TrainerConfig(workers=0, threads=1), lambda figures: None, StopSignal(),
+    )  # fmt: skip
+    assert largest_difference(run, alone) < 1e-4

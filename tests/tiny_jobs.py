@@ -1,13 +1,14 @@
 """The smallest configurations of the jobs that still go through every stage."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from actors.critics import HostSettings, critic_actor
-from actors.panel import HostHandle, RemotePanel
+from actors.panel import HostHandle, RemotePanel, introduce
 from actors.recipe import PanelRecipe, build_local_panel, build_pieces, load_unet
+from actors.wire import Transport, WireDtype
 from cluster.waiting import ready
 from counterpoint.critics.config import CriticsConfig
 from counterpoint.critics.panel import Panel
@@ -57,15 +58,22 @@ def panel_recipe(teacher: str, **critics: Any) -> PanelRecipe:
 
 
 def start_hosts(
-    recipe: PanelRecipe, shares: list[tuple[int, ...]], folder: Path, ranks: int = 1
-) -> list[HostHandle]:
-    """Start hosts of the groups in `shares`, one actor each."""
+    recipe: PanelRecipe, shares: list[tuple[int, ...]], folder: Path, ranks: int = 1, replicas: int = 1,
+    wire_dtype: WireDtype = "float32", transport: Transport = "object_store",
+) -> list[HostHandle]:  # fmt: skip
+    """Start hosts of the groups in `shares`, one actor for each replica."""
     hosts = []
-    for index, groups in enumerate(shares):
-        settings = HostSettings(f"critics-{index}", groups, str(folder), snapshot_every=7, patience=30.0)
-        actor = critic_actor(len(groups), ranks).options(num_cpus=0.1).remote(recipe, settings)
-        hosts.append(HostHandle(settings.name, groups, actor))
+    for replica in range(replicas):
+        for index, groups in enumerate(shares):
+            settings = HostSettings(
+                f"critics-{index}-{replica}", groups, str(folder / str(replica)), 7, 30.0, replica, replicas,
+                transport,
+            )  # fmt: skip
+            made = critic_actor(len(groups), ranks // replicas, replicas, transport=transport)
+            actor = made.options(num_cpus=0.1).remote(recipe, settings)
+            hosts.append(HostHandle(settings.name, groups, actor, replica, replicas, wire_dtype, transport))
     ready({host.name: host.actor for host in hosts}, timeout=90.0, what="hosts")
+    introduce(hosts, hosts, timeout=30.0)
     return hosts
 
 
@@ -79,7 +87,9 @@ def local_panel(recipe: PanelRecipe) -> Panel:
     return build_local_panel(recipe, torch.device("cpu"))
 
 
-def distiller(recipe: PanelRecipe, panel: Panel, steps: int, **options: Any) -> Distiller:
+def distiller(
+    recipe: PanelRecipe, panel: Panel, steps: int, staleness: Literal[0, 1] = 0, **options: Any
+) -> Distiller:
     """A student's trainer against `panel`, from pairs of noise."""
     train = load_data(DataConfig()).train
     stream = generator(0, "pairs")
@@ -87,7 +97,9 @@ def distiller(recipe: PanelRecipe, panel: Panel, steps: int, **options: Any) -> 
     noise, images = torch.randn(shape, generator=stream), torch.rand(shape, generator=stream) * 2 - 1
     states = {t: torch.randn(shape, generator=stream) for t in student_timesteps(4)}
     pairs = Pairs(noise, torch.arange(64) % 10, images, states, 1000)
-    adversarial = AdversarialConfig(heads_alone=0, steps=steps, batch_size=16, adversarial_weight=0.5)
+    adversarial = AdversarialConfig(
+        heads_alone=0, steps=steps, batch_size=16, adversarial_weight=0.5, staleness=staleness
+    )
     return Distiller(
         load_unet(recipe.teacher), build_noise_scheduler(recipe.noise), pairs, train, panel, StudentConfig(),
         WarmupConfig(steps=0), adversarial, seed=5, **options,
