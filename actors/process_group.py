@@ -1,8 +1,11 @@
 """The process group of Ray Train's workers: NCCL where torch finds the GPUs that Ray reserved, else gloo."""
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
+import ray
 import torch
 from ray.train.torch import TorchConfig, get_device
 
@@ -21,7 +24,7 @@ class ProcessGroupConfig(TorchConfig):
         parent: Any = super().backend_cls
 
         class Backend(parent):
-            """Asks the workers before it starts their group."""
+            """Sets up and asks the workers before it starts their group."""
 
             def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
                 if backend_config.backend == "nccl" and not all(
@@ -31,6 +34,20 @@ class ProcessGroupConfig(TorchConfig):
                 super().on_start(worker_group, backend_config)
 
         return Backend
+
+
+def use_node_interface() -> None:
+    """Make gloo and NCCL of this process use the interface that Ray's address of the node is on.
+
+    Left alone, gloo takes the address of the host's name, which on many systems is a loopback one that no
+    other machine reaches. A choice that was made already stays.
+    """
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            if name != "lo":
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def worker_device() -> torch.device:

@@ -46,8 +46,8 @@ class Timeline:
 
     spans: tuple[Span, ...]
     clock_error: Mapping[str, float] = field(default_factory=dict)
-    """By how many seconds each actor's clock may be off, infinite for a rank that shares no host with earlier ones
-    and is drawn by its own clock; absent where it is the clock of the timeline."""
+    """By how many seconds each actor's clock may be off, infinite for a rank that shares no host with earlier
+    ones and is drawn by its own clock; absent where it is the clock of the timeline."""
 
 
 class Recorder:

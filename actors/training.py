@@ -21,7 +21,7 @@ from cluster.connect import thread_env
 from cluster.failures import classify, root_cause
 from cluster.identity import current, fit_name
 from cluster.placement import Pool, plan
-from cluster.reserve import PlacementError, reserve
+from cluster.reserve import PlacementError, groups_of_job, remove_groups, reserve
 from cluster.storage import RunStore
 from cluster.waiting import get
 from counterpoint.place import Place
@@ -125,6 +125,7 @@ def train_on_ray(spec: LoopSpec, config: TrainerConfig, watch: Watch, wish: Stop
     spec = replace(spec, report=Baton(conductor))
     failures, first = 0, ""
     while True:
+        held = groups_of_job()
         try:
             return _fit_watched(spec, conductor, config, watch, wish)
         except Exception as error:
@@ -138,6 +139,7 @@ def train_on_ray(spec: LoopSpec, config: TrainerConfig, watch: Watch, wish: Stop
                 "the worker group failed (%d of %d): %s; going on from the last checkpoint",
                 failures, config.max_failures, error,
             )  # fmt: skip
+            remove_groups(groups_of_job() - held)
             await_room(config)
 
 

@@ -3,12 +3,13 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import ray
+from ray import PlacementGroupID
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -131,6 +132,24 @@ def reserve(plan: Plan, timeout: float = 30.0) -> Reservation:
         reservation.release()
         raise
     return reservation
+
+
+def groups_of_job() -> set[str]:
+    """Ids of the placement groups that this driver's job holds or wants, whoever in it asked for them."""
+    job = ray.get_runtime_context().get_job_id()  # an id ends in its job's
+    table = placement_group_table()
+    return {id for id, group in table.items() if id.endswith(job) and group["state"] != "REMOVED"}
+
+
+def remove_groups(ids: Collection[str]) -> None:
+    """Remove placement groups that nobody is left to remove.
+
+    Ray Train leaves the group of workers that did not start to a helper that needs the dashboard, and to the
+    end of the job.
+    """
+    for group in ids:
+        logger.warning("removing the placement group %s that a failed worker group has left", group)
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 def _await_group(plan: Plan, group: PlacementGroup, deadline: float) -> None:

@@ -83,7 +83,7 @@ def build_unet(config: UNetConfig, channels: int, side: int, num_classes: int, s
 
 
 def null_class(unet: UNet2DModel) -> int:
-    """Return the label that stands for "no condition": the last row of the class embedding or prompt table."""
+    """Return the label that stands for "no condition": the last row of the class or prompt table."""
     own = getattr(unet, "null_row", None)
     return int(unet.config.num_class_embeds) - 1 if own is None else int(own)
 

@@ -2,9 +2,9 @@
 
     python -m jobs.bench scale configs/bench/scale.yaml
 
-The simulator that plays both is calibrated on some of the measured arrangements and predicts the others; how far
-off it is stands beside what it says of GPUs. Here all actors share this machine's few cores: more critic actors
-or trainers than cores cannot make a step faster, and what is measured is how they share.
+The simulator that plays both is calibrated on some of the measured arrangements and predicts the others; how
+far off it is stands beside what it says of GPUs. Here all actors share this machine's few cores: more critic
+actors or trainers than cores cannot make a step faster, and what is measured is how they share.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ class MeasureConfig(Section):
         if len(self.critics.noise_levels) != BANDS or self.critics.levels_per_step != BANDS:
             raise ValueError(
                 f"critics.levels_per_step={self.critics.levels_per_step} of {len(self.critics.noise_levels)} "
-                f"noise_levels: the simulation shares samples out among {BANDS} that all judge; set both to that"
+                f"noise_levels: the simulation shares samples out among {BANDS} that all judge; set both so"
             )
         return self
 

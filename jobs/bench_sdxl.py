@@ -2,10 +2,10 @@
 
     python -m jobs.bench sdxl configs/bench/sdxl.yaml
 
-Ours: an encoder pass serves heads and student, local views go through it together, and heads of one shape are one
-computation. Plainly: heads learn from passes of their own, the student from another, each kind of view apart, and
-heads are modules in a loop. Both take the same samples, noise, windows and heads, in one process; weights are
-random, which costs the same.
+Ours: an encoder pass serves heads and student, local views go through it together, and heads of one shape are
+one computation. Plainly: heads learn from passes of their own, the student from another, each kind of view
+apart, and heads are modules in a loop. Both take the same samples, noise, windows and heads, in one process;
+weights are random, which costs the same.
 """
 
 import statistics
@@ -61,8 +61,8 @@ class SdxlBenchConfig(Section):
     def _check(self) -> "SdxlBenchConfig":
         if self.batch < self.critics.levels_per_step:
             raise ValueError(
-                f"batch={self.batch} leaves some of critics.levels_per_step={self.critics.levels_per_step} noise "
-                "levels without a sample: lower critics.levels_per_step"
+                f"batch={self.batch} leaves some of critics.levels_per_step={self.critics.levels_per_step} "
+                "noise levels without a sample: lower critics.levels_per_step"
             )
         return self
 
@@ -222,8 +222,8 @@ def main(config: SdxlBenchConfig) -> dict[str, Any]:
     judging = bench.pool.heads_per_group * config.critics.levels_per_step
     if judging < config.fewest_heads:
         raise ValueError(
-            f"critics.heads_per_slot={config.critics.heads_per_slot} makes {judging} heads judge in a step, fewer "
-            f"than fewest_heads={config.fewest_heads}: raise it"
+            f"critics.heads_per_slot={config.critics.heads_per_slot} makes {judging} heads judge in a step, "
+            f"fewer than fewest_heads={config.fewest_heads}: raise it"
         )
     sides: dict[str, Judge] = {"ours": bench.ours, "plain": bench.plainly}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in sides}

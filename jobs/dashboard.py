@@ -191,7 +191,7 @@ def _run() -> dict[str, Any]:
         "label": "Run",
         "type": "query",
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
-        "query": {"query": "label_values({__name__=~\"ray_counterpoint_.+\"}, run)", "refId": "run"},
+        "query": {"query": 'label_values({__name__=~"ray_counterpoint_.+"}, run)', "refId": "run"},
         "includeAll": True,
         "allValue": ".*",
         "multi": True,

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from diffusers import UNet2DModel
 from diffusers.utils.logging import disable_progress_bar
+from pydantic import ValidationError
 
 from actors.recipe import PIPELINE
 from cluster.checkpoints import checkpoint_steps, latest_checkpoint, load_checkpoint
@@ -21,6 +22,7 @@ from cluster.storage import RunStore
 from counterpoint.pipeline import ClassConditionalPipeline
 from counterpoint.section import Section
 from jobs.config import dump_config
+from jobs.config_source import over_defaults
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,11 @@ def check_lasting(uri: str) -> None:
 
 
 def _check_same(stored: dict[str, Any], config: Section, uri: str) -> None:
+    """Raise ValueError unless `config` computes what the stored one did; see `_restored` for missing keys."""
+    try:
+        stored = _restored(type(config), stored).model_dump(mode="json")
+    except ValidationError:
+        logger.debug("run=%s was made with what is refused today: compared as it is", uri, exc_info=True)
     before, now = _flat(stored), _flat(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in FREE_ON_RESUME)
@@ -108,7 +115,15 @@ def read_config(store: RunStore, model: type[Section]) -> Any:
     """Return the resolved configuration stored with a run; raises ValueError if there is none."""
     if not store.exists(CONFIG):
         raise ValueError(f"{store.uri} is not a run: it has no {CONFIG}")
-    return model.model_validate(yaml.safe_load(store.read_text(CONFIG)))
+    return _restored(model, yaml.safe_load(store.read_text(CONFIG)))
+
+
+def _restored(model: type[Section], stored: dict[str, Any]) -> Section:
+    """Return the configuration in `stored`, in which a key that came later has the default of its field.
+
+    Raises pydantic's ValidationError if it holds a key that is gone, or a value that is refused by now.
+    """
+    return model.model_validate(over_defaults(model, stored))
 
 
 def read_results(store: RunStore) -> dict[str, Any]:

@@ -78,8 +78,8 @@ def simulate(case: Case, world: World) -> dict[str, Any]:
 def best_split(gpus: int, options: Options, world: World) -> tuple[Case, dict[str, Any]]:
     """Return the split of GPUs with the most images a second, the first of equals, and its simulation.
 
-    Tried are hosts of critics beside the trainers on every GPU, and an eighth, a quarter and a half of the GPUs
-    for critics alone; without replicas at most one GPU a noise band.
+    Tried are hosts of critics beside the trainers on every GPU, and an eighth, a quarter and a half of the
+    GPUs for critics alone; without replicas at most one GPU a noise band.
     """
     counts = dict.fromkeys(critic_gpus(gpus, share, options.replicas) for share in SHARES)
     if not options.beside and gpus > 1:
@@ -91,7 +91,7 @@ def best_split(gpus: int, options: Options, world: World) -> tuple[Case, dict[st
 
 
 def critic_gpus(gpus: int, share: int, replicas: bool) -> int:
-    """Return how many GPUs host critics alone if one in `share` does: whole sets of hosts, and not all GPUs."""
+    """Return how many GPUs host critics alone if one in `share` does: whole sets of hosts, not all GPUs."""
     if share == 0:
         return 0
     count = gpus // share if replicas else min(BANDS, gpus // share)

@@ -36,8 +36,8 @@ class _Job:
 class Cores:
     """Processor sharing: `capacity` cores' worth of work a second, of which a job can use one core's at most.
 
-    Jobs of one process are threads of it, and together get `limit` at most (an interpreter's lock). A GPU is a
-    capacity of 1.
+    Jobs of one process are threads of it, and together get `limit` at most (an interpreter's lock). A GPU is
+    a capacity of 1.
     """
 
     def __init__(self, env: simpy.Environment, capacity: float) -> None:

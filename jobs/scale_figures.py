@@ -83,8 +83,8 @@ class Workload(Section):
     gradient_bytes: int = Field(default=2, ge=1)
     """Bytes of a number when the student's gradients are averaged."""
     optimizer_bytes: int = Field(default=28, ge=1)
-    """Bytes of GPU memory read and written per parameter and optimizer step: float32 weights and moments there
-    and back, the gradient, the bfloat16 weights."""
+    """Bytes of GPU memory read and written per parameter and optimizer step: float32 weights and moments
+    there and back, the gradient, the bfloat16 weights."""
     prompt_bytes: int = Field(default=8, ge=0)
     """Bytes of a sample's condition: the row of the prompt table."""
 

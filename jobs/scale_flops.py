@@ -1,4 +1,4 @@
-"""Floating-point operations of the parts of a distillation step, counted while the real modules run on shapes.
+"""Floating-point operations of the parts of a distillation step, counted as the real modules run on shapes.
 
 Tensors are on the meta device: shapes without numbers. `torch.utils.flop_counter` counts matrix products,
 convolutions and attention, forward and backward, two operations for each multiply-add; what is elementwise is
@@ -32,7 +32,7 @@ class StepFlops:
     backward: int
     """The student's gradients."""
     learn: int
-    """In a critic group: the encoder's three views of the fake and of the real sample, and the heads' step."""
+    """In a critic group: the encoder's three views of the fake and the real sample, and the heads' step."""
     judge: int
     """In a critic group: from the heads' votes back to the sample."""
     parameters: int
@@ -53,7 +53,7 @@ def count(work: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def step_flops(unet: Mapping[str, Any], critics: CriticsConfig) -> StepFlops:
-    """Return the operations of a step of an SDXL-shaped student, whose configuration `unet` departs from SDXL's."""
+    """Return the operations of a step; `unet` is what the configuration departs from SDXL's in."""
     config = {**SDXL, **unet}
     prompts = MadePrompts(config, 1, META)
     network = build_network(config, prompts, META, torch.float32)

@@ -1,8 +1,8 @@
 """The simulation calibrated by this machine's measurements, and its predictions of what it was not shown.
 
-What a part costs alone is measured alone. Two numbers are fitted to two arrangements with one trainer: how much
-work the machine's cores do together (two hyperthreads are not two cores), and how much of that the threads of one
-process can use (Python's lock). All other arrangements are predicted.
+What a part costs alone is measured alone. Two numbers are fitted to two arrangements with one trainer: how
+much work the machine's cores do together (two hyperthreads are not two cores), and how much of that the
+threads of one process can use (Python's lock). All other arrangements are predicted.
 """
 
 import math
@@ -141,7 +141,7 @@ def _two(measured: Mapping[Arm, Any]) -> tuple[Arm, Arm]:
         or {a.trainers for a in arms} != {1}
     ):
         raise ValueError(
-            f"calibrate={[arm.name for arm in arms]} must be two arrangements with one trainer and one batch size "
-            "that differ in actors"
+            f"calibrate={[arm.name for arm in arms]} must be two arrangements with one trainer and one batch "
+            "size that differ in actors"
         )
     return many, few

@@ -1,9 +1,9 @@
 """MEASURED: real distillation steps on this machine, with critics in real actors and one or two trainers.
 
-A trainer here is an actor that builds the same `Distiller` from the same recipe as a Ray Train worker does and
-calls its `step`; with two of them gradients are averaged over gloo by the same strategy. Ray Train's controller
-and worker group, which stand around the steps and not in them, are left out, so that all arrangements can be up
-at once and take turns.
+A trainer here is an actor that builds the same `Distiller` from the same recipe as a Ray Train worker does
+and calls its `step`; with two of them gradients are averaged over gloo by the same strategy. Ray Train's
+controller and worker group, which stand around the steps and not in them, are left out, so that all
+arrangements can be up at once and take turns.
 """
 
 import statistics
@@ -149,7 +149,7 @@ class Cast:
 
 
 def parts_of(record: dict[str, Any]) -> dict[str, float]:
-    """Return the median seconds of each part of a step in a rank's record, and of the slowest group's judging."""
+    """Return the median seconds of each part of a rank's step, and of the slowest group's judging."""
     timeline = merged([record | {"rank": 0}])
     assert timeline is not None
     sums: dict[str, dict[int, float]] = {"forward": {}, "wire": {}, "waiting": {}, "backward": {}}
@@ -201,8 +201,8 @@ def await_start(casts: Sequence[Cast]) -> None:
 def components(one: Cast, two: Cast | None, sizes: tuple[int, int], repeats: int) -> dict[str, Any]:
     """Return medians of what calibrates the simulation, each measured with nothing else under way.
 
-    One group's judging of either number of samples in `sizes` and the message's way there and back, the student's
-    passes over twice as many, and gradient averaging over the trainers of `two`.
+    One group's judging of either number of samples in `sizes` and the message's way there and back, the
+    student's passes over twice as many, and gradient averaging over the trainers of `two`.
     """
     told: dict[str, Any] = {"judge_s": {}, "forward_s": {}, "backward_s": {}, "label": "MEASURED"}
     waits: list[float] = []

@@ -1,4 +1,4 @@
-"""What `jobs.bench scale` shows: tables as text, and a page with curves, each labelled MEASURED or SIMULATED."""
+"""What `jobs.bench scale` shows: tables and a page with curves, each labelled MEASURED or SIMULATED."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,7 +72,8 @@ def scale_page(told: Mapping[str, Any]) -> str:
         if isinstance(figure, dict)
     ]
     content = {
-        "charts": charts(told), "tables": shown, "figures": figures, "fitted": told.get("check", {}).get("fitted"),
+        "charts": charts(told), "tables": shown, "figures": figures,
+        "fitted": told.get("check", {}).get("fitted"),
         "flops": told["flops"]["per_sample"], "facts": facts("jobs.bench scale", told["environment"]),
         "versions": versions(told["environment"]),
     }  # fmt: skip
@@ -93,7 +94,8 @@ def _check(told: Mapping[str, Any]) -> Chart:
         it.ax.set_xlabel("milliseconds a step")
         it.ax.legend(loc="lower right")
         said = "; ".join(
-            f"{row['arrangement']}: {1e3 * row['measured_s']:.0f} ms measured, {1e3 * row['predicted_s']:.0f} predicted"
+            f"{row['arrangement']}: {1e3 * row['measured_s']:.0f} ms measured, "
+            f"{1e3 * row['predicted_s']:.0f} predicted"
             for row in rows
         )
         caption = "MEASURED on this machine beside SIMULATED; * the simulation was calibrated on these."

@@ -2,9 +2,9 @@
 
 A trainer makes real samples (or has them), runs the student forward, sends each noise band's share to a host
 of that band, waits for the gradients, runs backward, averages gradients with the other trainers and steps.
-A host waits for the samples of all trainers it serves, lets the heads learn, averages their gradients with its
-replicas, judges, and answers. Times are in seconds, sizes in bytes; every process is deterministic given the
-seed of the jitter.
+A host waits for the samples of all trainers it serves, lets the heads learn, averages their gradients with
+its replicas, judges, and answers. Times are in seconds, sizes in bytes; every process is deterministic given
+the seed of the jitter.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -109,7 +109,7 @@ class Stage:
     link: Callable[[Seat, Seat], tuple[float, float]]
     """Bytes a second and latency in seconds between two seats."""
     average: Callable[[float], float]
-    """Seconds of averaging the student's gradients, given the seconds of the backward pass it hides behind."""
+    """Seconds of averaging the student's gradients, given those of the backward pass it hides behind."""
     exchange: float
     """Seconds of averaging head gradients among a host's replicas."""
 

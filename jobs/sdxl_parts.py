@@ -1,4 +1,4 @@
-"""An SDXL-shaped cast from a configuration alone: network, encoder, heads and made-up prompts, on any device."""
+"""An SDXL-shaped cast from a configuration alone: network, encoder, heads and made-up prompts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,13 +31,13 @@ SDXL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
     "use_linear_projection": True,
 }
-"""The `UNet2DConditionModel` of stabilityai/stable-diffusion-xl-base-1.0: what differs from diffusers' defaults."""
+"""The UNet of stabilityai/stable-diffusion-xl-base-1.0: what differs from diffusers' defaults."""
 TOKENS, TIME_IDS = 77, 6
 """Tokens of an encoded prompt; and numbers of size and crop beside it."""
 
 
 class MadePrompts:
-    """A table of random embeddings in memory, or without numbers on the meta device, as `PromptTable` is used."""
+    """A table of random embeddings, without numbers on the meta device, used as `PromptTable` is."""
 
     def __init__(
         self, unet: Mapping[str, Any], prompts: int, device: torch.device, tokens: int = TOKENS

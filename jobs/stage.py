@@ -178,9 +178,7 @@ def check_digests(hosts: tuple[HostHandle, ...], panel: PanelRecipe) -> dict[str
     found = {name: digest for answer in answers.values() for name, digest in answer.items()}
     expected = build_local_panel(panel, torch.device("cpu")).digests()
     # By answer: replicas answer under one name.
-    wrong = sorted(
-        {name for answer in answers.values() for name in answer if answer[name] != expected[name]}
-    )
+    wrong = sorted({name for answer in answers.values() for name in answer if answer[name] != expected[name]})
     if wrong:
         raise RuntimeError(
             f"{', '.join(wrong)} started with other heads than seed {panel.seed} gives: compare the versions "

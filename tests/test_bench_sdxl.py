@@ -42,7 +42,7 @@ def test_benchmark_tells_the_ratio_and_the_parts():
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="60 heads judge in a step, fewer than fewest_heads=160: raise it"):
         bench_sdxl.main(TINY.model_copy(update={"fewest_heads": 160}))
-    with pytest.raises(ValueError, match="batch=1 leaves some of critics.levels_per_step=2"):
+    with pytest.raises(ValueError, match=r"batch=1 leaves some of critics\.levels_per_step=2"):
         SdxlBenchConfig(batch=1, critics=CRITICS)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device=cuda but torch sees no GPU"):

@@ -68,6 +68,7 @@ def test_more_workers_than_gpus_are_refused_with_what_there_is(
     """Of three GPUs critics take one, and each trainer a share of the others."""
     line = refusal(
         capsys, config_file, "trainer.workers=16", "trainer.cpus_per_worker=0.1", "critics.gpus_per_actor=1",
+        "warmup.batch_size=64", "adversarial.batch_size=64",
         f"trainer.gpus_per_worker={share}",
     )  # fmt: skip
     assert f"trainer.workers=16: pool trainer asks 16 times for 0.1 CPU, {share} GPU, and {most} fit" in line

@@ -1,4 +1,4 @@
-"""The scale benchmark: operations counted, machines recovered from what they would measure, labels, a whole run."""
+"""The scale benchmark: operations counted, machines recovered from what they measure, labels, a whole run."""
 
 import json
 import math
@@ -76,7 +76,8 @@ TRUTH = Machine(
     0.002, 0.004, 1.6, 1.2,
 )  # fmt: skip
 COMPONENTS = {
-    "judge_s": {8: 0.028, 32: 0.052}, "forward_s": {16: 0.021, 64: 0.069}, "backward_s": {16: 0.034, 64: 0.106},
+    "judge_s": {8: 0.028, 32: 0.052}, "forward_s": {16: 0.021, 64: 0.069},
+    "backward_s": {16: 0.034, 64: 0.106},
     "message_s": 0.004, "averaging_s": 0.004,
 }  # fmt: skip
 
@@ -150,7 +151,8 @@ def test_the_whole_benchmark_measures_predicts_and_simulates(ray_cluster, tmp_pa
     critics = {"levels_per_step": 4, "heads_per_slot": 1, "width": 4, "groups": 2, "reduction": "mean"}
     config = ScaleBenchConfig(
         measure=MeasureConfig(
-            unet=UNET, critics=critics, calibrate=(ArmConfig(actors=1, batch=16), ArmConfig(actors=2, batch=16)),
+            unet=UNET, critics=critics,
+            calibrate=(ArmConfig(actors=1, batch=16), ArmConfig(actors=2, batch=16)),
             predict=(ArmConfig(actors=2, trainers=2, batch=16),), rounds=1, steps=2, repeats=1,
         ),
         gpus=(1, 4), ablate=(4,), unet=TINY_UNET, critics=critics, simulated_steps=3,

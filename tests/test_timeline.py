@@ -1,5 +1,6 @@
 """The timeline of a step: what adds up, clocks that differ by a known amount, and its picture."""
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_spans_of_a_real_step_with_hosts_fill_it_without_gaps(ray_cluster, tiny_
     for step in (1, 2):
         spans = [s for s in own if s.step == step]
         assert sum(s.end - s.begin for s in spans) == pytest.approx(walls[step], rel=0.05, abs=2e-3)
-        for one, next_ in zip(spans, spans[1:], strict=False):
+        for one, next_ in itertools.pairwise(spans):
             assert next_.begin == pytest.approx(one.end)
         waiting = next(s for s in spans if s.part == "waiting")
         begin = min(s.begin for s in spans)
