@@ -54,7 +54,7 @@ class HostSettings:
     """Which of the actors that share these groups' samples this is."""
     replicas: int = 1
     transport: Transport = "object_store"
-    """nixl carries gradients to the trainers; gloo and nccl what replicas exchange."""
+    """nixl carries gradients to the trainers; gloo what replicas exchange."""
 
 
 class HostedGroup:
@@ -70,7 +70,7 @@ class HostedGroup:
         self.collective: CollectiveExchange | None = None
         place = (group.index, settings.replica, settings.replicas)
         if settings.replicas > 1 and settings.transport in COLLECTIVE:
-            self.collective = CollectiveExchange(*place, settings.transport, device)
+            self.collective = CollectiveExchange(*place)
             group.replication = self.collective
         elif settings.replicas > 1:
             self.exchange = group.replication = PeerExchange(*place, settings.patience)

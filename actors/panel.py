@@ -46,8 +46,8 @@ class HostHandle:
     wire_dtype: WireDtype = "float32"
     """What samples and gradients cross as."""
     transport: Transport = "object_store"
-    """nixl carries the gradients of the samples, gloo and nccl what replicas exchange. Samples, which are
-    kept to be sent again to a restarted host, always take the object store."""
+    """nixl carries the gradients of the samples, gloo what replicas exchange. Samples, which are kept to be
+    sent again to a restarted host, always take the object store."""
 
 
 def introduce(hosts: Sequence[HostHandle], everyone: Sequence[HostHandle], timeout: float) -> None:

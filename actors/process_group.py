@@ -27,9 +27,9 @@ class ProcessGroupConfig(TorchConfig):
             """Sets up and asks the workers before it starts their group."""
 
             def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-                if backend_config.backend == "nccl" and not all(
-                    worker_group.execute(torch.cuda.is_available)
-                ):
+                worker_group.execute(use_node_interface)
+                chosen = backend_config.backend
+                if chosen == "nccl" and not all(worker_group.execute(torch.cuda.is_available)):
                     backend_config = replace(backend_config, backend="gloo")
                 super().on_start(worker_group, backend_config)
 

@@ -21,14 +21,14 @@ RETRY_S = 0.2
 
 
 class CollectiveExchange:
-    """The same exchange as an all-gather of torch.distributed, by gloo or NCCL, set up by Ray.
+    """The same exchange as an all-gather of torch.distributed, by gloo, set up by Ray.
 
     Replicas are of one fate: a collective group cannot be joined anew, so that the loss of one of them fails
     the step on all, and their trainers begin a new group when they go back to a checkpoint.
     """
 
-    def __init__(self, group: int, index: int, count: int, backend: str, device: torch.device) -> None:
-        self.group, self.index, self.count, self.backend, self.device = group, index, count, backend, device
+    def __init__(self, group: int, index: int, count: int) -> None:
+        self.group, self.index, self.count = group, index, count
         self.name = ""
         """The collective group's; empty until `join`, and again after a restart."""
         self.whole = True
@@ -39,7 +39,7 @@ class CollectiveExchange:
         from ray.util import collective
         from ray.util.collective.types import Backend
 
-        collective.init_collective_group(self.count, self.index, Backend(self.backend), name)
+        collective.init_collective_group(self.count, self.index, Backend("gloo"), name)
         self.name = name
 
     def exchange(self, key: Key, mine: Contribution) -> Contribution:
@@ -47,18 +47,18 @@ class CollectiveExchange:
         from ray.util import collective
 
         self.whole = False
-        flat = _flat(mine).to(self.device)
+        flat = _flat(mine)
         parts = [torch.empty_like(flat) for _ in range(self.count)]
         collective.allgather(parts, flat, self.name)
         self.whole = True
-        return added_up([_parted(part.cpu(), mine) for part in parts])
+        return added_up([_parted(part, mine) for part in parts])
 
 
 def _flat(part: Contribution) -> Tensor:
     """Return a contribution as one float32 vector; counts are exact below 2^24."""
-    counts = torch.tensor([part.samples, part.learned, part.critic_loss])
-    logits = (part.real_logits.flatten(), part.fake_logits.flatten())
-    return torch.cat([counts, *logits, *(gradient.flatten().cpu() for gradient in part.gradients)])
+    counts = torch.tensor([part.samples, part.learned, part.critic_loss], dtype=torch.float32)
+    tensors = (part.real_logits, part.fake_logits, *part.gradients)
+    return torch.cat([counts, *(tensor.flatten().cpu() for tensor in tensors)])
 
 
 def _parted(flat: Tensor, like: Contribution) -> Contribution:

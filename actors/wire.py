@@ -12,9 +12,9 @@ from counterpoint.critics.replicas import Contribution
 
 Message = dict[str, Any]
 WireDtype = Literal["float32", "bfloat16"]
-COLLECTIVE = ("gloo", "nccl")
+COLLECTIVE = ("gloo",)
 """Transports between replicas, whose ends are of one fate; trainers cannot be among them."""
-Transport = Literal["object_store", "gloo", "nccl", "nixl"]
+Transport = Literal["object_store", "gloo", "nixl"]
 
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
 """numpy has no bfloat16: these are its bits, under a name that tells the receiver what they are."""

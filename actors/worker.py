@@ -113,13 +113,13 @@ def run_loop(spec: LoopSpec, place: Place) -> LoopResult:
     trainer = spec.build(place, store, spec.report if place.rank == 0 else silent)
     recorder = Recorder(place.rank)
     timed(trainer, recorder)
-    start = _resume(trainer, store, place)
+    start, samples = _resume(trainer, store, place)
     _barrier(place)
     chief = _Chief(spec, store, start or 0) if place.rank == 0 else None
     if start is None:
         # Critics in actors outlive a trainer that dies early: this is what they are set back to then.
         start = 0
-        _save(trainer, store, start, place, chief)
+        _save(trainer, store, start, samples, place, chief)
     step = start
     try:
         while step < trainer.total_steps:
@@ -128,12 +128,13 @@ def run_loop(spec: LoopSpec, place: Place) -> LoopResult:
             figures = trainer.step(step)
             recorder.end()
             seconds = time.perf_counter() - begun
+            samples += trainer.samples_per_step(step)
             step += 1
             snapshot = trainer.weights() if spec.offers(step) else None
             stop = chief.after(trainer, step, figures, seconds, snapshot) if chief else False
             stop = _agree(stop, place)
             if stop or step == trainer.total_steps or step % spec.checkpoint_every == 0:
-                _save(trainer, store, step, place, chief)
+                _save(trainer, store, step, samples, place, chief)
                 recorder.save(store)
             if stop:
                 break
@@ -146,26 +147,42 @@ def run_loop(spec: LoopSpec, place: Place) -> LoopResult:
     return LoopResult(step, step >= trainer.total_steps, start, alarms)
 
 
-def _resume(trainer: Trainer, store: RunStore, place: Place) -> int | None:
-    """Go on from the checkpoint that rank 0 finds; each rank reads what it needs of it."""
+def _resume(trainer: Trainer, store: RunStore, place: Place) -> tuple[int | None, int]:
+    """Go on from the checkpoint that rank 0 finds; each rank reads what it needs of it.
+
+    Returns its step, None if there is none, and the samples that were learned from until then.
+    """
     newest = latest_checkpoint(store) if place.rank == 0 else None
     step = _told(-1 if newest is None else newest.step, place)
     if step < 0:
-        return None
+        return None, 0
     checkpoint = newest or load_checkpoint(store, step)
     trainer.load({name: checkpoint.stored(name) for name in checkpoint.files if name != WEIGHTS}, step)
-    logger.info("resumed from the checkpoint of step %d", step)
-    return step
+    written = {"samples": sum(map(trainer.samples_per_step, range(step)))} | checkpoint.meta
+    if place.rank == 0:
+        logger.info(
+            "resumed from step %d (%d samples), written by %s under %s, now %s under %s",
+            step, written["samples"], _workers(written.get("workers", "unknown")),
+            written.get("strategy", "an unknown strategy"), _workers(place.ranks), place.strategy.in_words,
+        )  # fmt: skip
+    return step, written["samples"]
 
 
-def _save(trainer: Trainer, store: RunStore, step: int, place: Place, chief: "_Chief | None") -> None:
-    """Write the checkpoint of `step`; metrics up to it are on storage before it counts."""
+def _workers(count: Any) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}"
+
+
+def _save(
+    trainer: Trainer, store: RunStore, step: int, samples: int, place: Place, chief: "_Chief | None"
+) -> None:
+    """Write the checkpoint of `step` and who wrote it; metrics up to it are on storage before it counts."""
     if chief:
         chief.metrics.flush()
     weights, files = trainer.weights(), trainer.state()
     if chief:
         files = files | {WEIGHTS: weights}
-    save_checkpoint(store, step, files, {}, place.rank, _meet if place.ranks > 1 else _alone)
+    meta = {"samples": samples, "workers": place.ranks, "strategy": place.strategy.in_words}
+    save_checkpoint(store, step, files, meta, place.rank, _meet if place.ranks > 1 else _alone)
     if chief:
         prune_checkpoints(store, keep=2)
         chief.saved = step

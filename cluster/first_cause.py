@@ -106,7 +106,8 @@ def _story_of(error: BaseException) -> str:
     for carrier in (error, error.__cause__):
         told = getattr(carrier, "_traceback_str", None)
         if carrier is not None and isinstance(carrier, RayTaskError):
-            told = carrier.traceback_str
+            # What `ray.get` raises has kept the traceback as its text only, without Ray's own frames.
+            told = str(carrier)
         if isinstance(told, str) and told.strip():
             return told.rstrip()
     return ""

@@ -153,12 +153,16 @@ def ended(outcome: str, store: RunStore | None = None) -> None:
 
 
 def cluster_facts() -> dict[str, Any]:
-    """Return where this process is connected: addresses, namespace, job and authentication mode."""
+    """Return where this process is connected: addresses, namespace, job and authentication mode.
+
+    Nothing where it is not: merely asking Ray would start a cluster.
+    """
+    if not ray.is_initialized():
+        return {}
     import ray._private.worker as worker
-    import ray._raylet as raylet
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
     node: Any = worker._global_node
-    mode: Any = getattr(raylet, "get_authentication_mode")()  # noqa: B009 - its stub does not know it
     now = ray.get_runtime_context()
     return {
         "address": now.gcs_address,
@@ -167,7 +171,7 @@ def cluster_facts() -> dict[str, Any]:
         "submission": _submission(),
         "session": node.get_session_dir_path() if node else None,
         "dashboard": node.address_info.get("webui_url") if node else None,
-        "auth_mode": mode.name.lower(),
+        "auth_mode": "token" if is_token_auth_enabled() else "disabled",
     }
 
 
@@ -211,11 +215,21 @@ def driver_alive(facts: dict[str, Any]) -> bool | None:
 
 
 def started(pid: int) -> float | None:
-    """Return when a process of this machine started, in seconds since the epoch; None if there is none."""
+    """Return when a process of this machine started, in seconds since boot; None if there is none.
+
+    Seconds since the epoch would shift whenever the clock is set, and make a living process another one.
+    """
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except psutil.Error:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+                # The name, in brackets, may have blanks in it; the start is the 20th field behind it.
+                ticks = int(file.read().rpartition(")")[2].split()[19])
+            return ticks / os.sysconf("SC_CLK_TCK")
+        return float(process.create_time() - psutil.boot_time())
+    except (psutil.Error, OSError):
         return None
 
 

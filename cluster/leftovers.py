@@ -13,44 +13,60 @@ import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+from cluster import identity
+
 logger = logging.getLogger(__name__)
 
-RAY_PARTS = ("gcs_server", "raylet", "ray::", "ray/_private", "ray/dashboard", "ray-dashboard")
-"""What the command lines of a Ray cluster's processes have in them."""
+SERVICES = ("gcs_server", "raylet")
+"""Programs of a Ray cluster, by the name of their file; its others are scripts of Ray's package."""
 END_SECONDS = 5.0
 
 
-def session_processes(root: str) -> list[psutil.Process]:
+def session_processes(root: str, since: float = 0.0) -> list[psutil.Process]:
     """Return this machine's processes of the private cluster whose session directory lies below `root`.
 
-    They name the directory on their command lines, write their errors there, or descend from one that does.
+    They are Ray's own services that name the directory on their command lines, workers, which write their
+    errors there, and what descends from these; never one that merely reads there, such as a `tail`.
+
+    Args:
+        root: the directory, of a cluster that a run has started.
+        since: the start of that run's driver, as `identity.started` gives it: no process of the cluster is
+            older.
     """
     if not root:
         return []
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            words = process.cmdline()
-            belongs = any(root in word for word in words) and any(
-                part in " ".join(words) for part in RAY_PARTS
-            )
-            if belongs or _writes_below(process.pid, root):
+            belongs = _is_service(process.cmdline(), root) or _is_worker(process.pid, root)
+            if belongs and (identity.started(process.pid) or 0.0) >= since:
                 found |= {child.pid: child for child in (process, *process.children(recursive=True))}
-    found.pop(os.getpid(), None)
+    for mine in (psutil.Process(), *psutil.Process().parents()):
+        found.pop(mine.pid, None)
     return list(found.values())
 
 
-def _writes_below(pid: int, root: str) -> bool:
-    """Whether the standard error of a process is a file below `root`: so it is with Ray's workers."""
+def _is_service(words: list[str], root: str) -> bool:
+    """Whether a command line is that of one of Ray's services, for a session below `root`."""
+    if not any(word.partition("=")[2].startswith(f"{root}/") or word.startswith(f"{root}/") for word in words):
+        return False
+    package = f"{Path(ray.__file__).parent}/"
+    script = any(word.startswith(package) and word.endswith(".py") for word in words[:4])
+    return script or Path(words[0]).name in SERVICES
+
+
+def _is_worker(pid: int, root: str) -> bool:
+    """Whether the standard error of a process is a worker's log of a session below `root`."""
     try:
-        return os.readlink(f"/proc/{pid}/fd/2").startswith(f"{root}/")
+        path = os.readlink(f"/proc/{pid}/fd/2")
     except OSError:
         return False
+    return path.startswith(f"{root}/session_") and Path(path).parent.name == "logs"
 
 
-def end_session(root: str) -> None:
-    """End the processes of a private cluster, and delete its files."""
-    processes = session_processes(root)
+def end_session(root: str, since: float = 0.0) -> None:
+    """End the processes of a private cluster (see `session_processes`), and delete its files."""
+    processes = session_processes(root, since)
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()

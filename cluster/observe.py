@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import node_tasks
+from cluster import identity, node_tasks
 from cluster.waiting import get
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,8 @@ def observing(facts: Mapping[str, Any]) -> Iterator[None]:
     """Be connected to the cluster that a run's facts name, for the length of a block.
 
     A process that is connected to that cluster already stays so; RAY_ADDRESS stands in for an address that
-    does not answer. Nothing is shipped to the cluster.
+    does not answer, if it leads to the same cluster: another one knows other jobs by the same numbers.
+    Nothing is shipped to the cluster.
 
     Raises:
         Unreachable: in one line, when the run used no cluster, or it has ended or refuses this process.
@@ -38,6 +39,7 @@ def observing(facts: Mapping[str, Any]) -> Iterator[None]:
         here = ray.get_runtime_context().gcs_address
         if here != facts["address"]:
             raise Unreachable(f"this process is connected to another cluster ({here})")
+        _check_session(facts)
         yield
         return
     address = _answering(facts)
@@ -53,9 +55,20 @@ def observing(facts: Mapping[str, Any]) -> Iterator[None]:
             f"the cluster at {address} refuses: {' '.join(str(error).split())[:200]}"
         ) from error
     try:
+        _check_session(facts)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_session(facts: Mapping[str, Any]) -> None:
+    """Raise Unreachable unless this process is connected to the very session of Ray that a run was in."""
+    here = identity.cluster_facts()
+    if not facts.get("session") or here.get("session") != facts["session"]:
+        raise Unreachable(
+            f"another cluster answers at {here.get('address')}: the run's has ended (its session was "
+            f"{facts.get('session')})"
+        )
 
 
 def _answering(facts: Mapping[str, Any]) -> str:

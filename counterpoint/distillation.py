@@ -102,7 +102,10 @@ class Distiller:
         self.total_steps = self.starts["panel"] + adversarial.steps
         self._check()
         self.unet = unet.to(place.device).train()
-        self.learner = build_learner(self.unet, *self._schedule(self.stage(0)), place, accumulate)
+        # Whoever resumes has made the student from the same teacher: what stays frozen is there already.
+        self.learner = build_learner(
+            self.unet, *self._schedule(self.stage(0)), place, accumulate, frozen="rebuilt"
+        )
 
     def stage(self, step: int) -> Stage:
         """Return the stage that `step` belongs to."""

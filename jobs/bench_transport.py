@@ -1,10 +1,12 @@
 """What it costs to bring a panel's message from one actor to another: Ray's ways against numpy arrays."""
 
 import importlib.util
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import ray
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from actors.wire import Message, WireDtype, pack, unpack
 from cluster.connect import connected, thread_env
+from cluster.environment import describe_environment
+from cluster.storage import RunStore
 from cluster.waiting import get, ready
 from counterpoint.critics.messages import Samples
 from counterpoint.section import Section
@@ -40,6 +44,8 @@ class TransportBenchConfig(Section):
     """Rounds; ratios are within a round, their median and range over rounds."""
     gpus_per_actor: float = Field(default=0.0, ge=0.0)
     """GPUs of each end; above 0 messages begin and end in GPU memory."""
+    out: str | None = None
+    """File for all results (JSON): every round's seconds by every way; none is written unless set."""
 
 
 class End:
@@ -79,9 +85,30 @@ def main(config: TransportBenchConfig) -> dict[str, Any]:
             "left_out": left_out,
             "device": "cuda" if config.gpus_per_actor else "cpu",
         }
+        rounds = {}
         for shape in (*config.shapes, *large(config.megabytes)):
-            told |= measure(config, ways, shape)
-        return told
+            size = 2 * 4 * math.prod(shape)
+            rounds[size] = measure(config, ways, shape)
+            told |= described(size, rounds[size])
+    if config.out is not None:
+        write(config, Path(config.out).absolute(), told, rounds)
+    return told
+
+
+def write(
+    config: TransportBenchConfig, path: Path, told: dict[str, Any], rounds: dict[int, list[dict[Way, float]]]
+) -> None:
+    """Write the figures, and what they are made of, to a JSON file."""
+    results = {
+        "label": "MEASURED",
+        "environment": describe_environment(),
+        "config": config.model_dump(mode="json"),
+        "figures": told,
+        "seconds_of_a_message": [
+            {"bytes_in_float32": size, "rounds": measured} for size, measured in rounds.items()
+        ],
+    }
+    RunStore(str(path.parent)).write_text(path.name, json.dumps(results, indent=1) + "\n")
 
 
 def large(megabytes: int) -> list[tuple[int, int, int, int]]:
@@ -106,8 +133,11 @@ def available(config: TransportBenchConfig) -> tuple[tuple[Way, ...], dict[str, 
 
 def measure(
     config: TransportBenchConfig, ways: tuple[Way, ...], shape: tuple[int, int, int, int]
-) -> dict[str, Any]:
-    """Send messages of samples of `shape` by all ways in turns, after one of each that is not counted."""
+) -> list[dict[Way, float]]:
+    """Send messages of samples of `shape` by all ways in turns; return seconds of one, for each round.
+
+    One of each way comes first and is not counted.
+    """
     from ray.experimental.collective import create_collective_group, destroy_collective_group
 
     options: dict[str, Any] = {"enable_tensor_transport": any(way in DIRECT for way in ways)}
@@ -130,7 +160,7 @@ def measure(
             destroy_collective_group(group)
         for end in ends:
             ray.kill(end)
-    return described(2 * 4 * math.prod(shape), rounds)
+    return rounds
 
 
 def sender(way: Way, source: Any, target: Any) -> Callable[[], tuple[float, float]]:

@@ -103,7 +103,8 @@ def _check_dead(config: ReapConfig, facts: dict[str, Any], on_cluster: bool) -> 
     if alive:
         # Even if this run has ended: the process may be at its next one, on the same cluster.
         signs.append(f"its driver, process {facts['pid']}, runs on this machine")
-    if on_cluster and alive is None and leftovers.job_lives(facts.get("job", "")):
+    if on_cluster and not alive and leftovers.job_lives(facts.get("job", "")):
+        # Machines may have the same name.
         signs.append("its driver is connected to the cluster")
         if _conductor_answers(facts["id"]):
             signs.append("its conductor answers")
@@ -151,13 +152,14 @@ def _stop_job(facts: dict[str, Any]) -> None:
 
 def on_machine(facts: dict[str, Any]) -> Iterator[Leftover]:
     """Yield what is left of the private cluster that a run started on this machine."""
-    root = facts.get("private_root") or ""
-    if identity.driver_alive(facts) is None or not root:
+    root, session = facts.get("private_root") or "", facts.get("session") or ""
+    if identity.driver_alive(facts) is None or not root or not session.startswith(f"{root}/session_"):
         return
-    processes = leftovers.session_processes(root)
+    since = facts["process_started"]
+    processes = leftovers.session_processes(root, since)
     if leftovers.is_session_root(root):
         told = f"{root} with {len(processes)} processes"
-        yield Leftover("private Ray cluster", told, partial(leftovers.end_session, root))
+        yield Leftover("private Ray cluster", told, partial(leftovers.end_session, root, since))
 
 
 def in_storage(store: RunStore) -> Iterator[Leftover]:

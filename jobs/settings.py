@@ -73,9 +73,9 @@ class HostedCriticsConfig(CriticsConfig):
     """Actors for each share of the critic groups, each judging the samples of trainer.workers / replicas
     workers; the gradients of their heads are averaged, so that all hold the same heads."""
     transport: Transport = "object_store"
-    """What carries tensors. nixl: gradients come to trainers by Ray's direct transport; gloo and nccl:
-    replicas of a group exchange what heads learn in a collective group, and a lost one costs the run the
-    steps since its last checkpoint."""
+    """What carries tensors. nixl: gradients come to trainers by Ray's direct transport; gloo: replicas of a
+    group exchange what heads learn in a collective group, and a lost one costs the run the steps since its
+    last checkpoint."""
     wire_dtype: WireDtype = "float32"
     """What samples and the student's gradients cross as: exact, or rounded to half the bytes."""
 
@@ -108,11 +108,6 @@ class HostedCriticsConfig(CriticsConfig):
             raise ValueError(
                 f"transport={self.transport} needs an actor for each of the {len(self.noise_levels)} noise "
                 f"levels, not actors={self.actors}: exchanges of one actor would block each other"
-            )
-        if self.transport == "nccl" and self.gpus_per_actor < 1:
-            raise ValueError(
-                f"transport=nccl needs a GPU for each actor, not gpus_per_actor={self.gpus_per_actor:g}: "
-                "set it to 1, or transport to gloo"
             )
 
     def check_replicas(self, workers: int) -> None:

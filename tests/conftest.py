@@ -23,6 +23,7 @@ os.environ.update(
     RAY_TMPDIR=RAY_FILES,
     PYTHONPATH=os.pathsep.join(filter(None, IMPORTABLE)),
     RAY_AUTH_MODE="disabled",
+    RAY_ENABLE_AUTO_CONNECT="0",  # merely asking Ray something must not start a cluster
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_USAGE_STATS_ENABLED="0",
     OMP_NUM_THREADS="1",

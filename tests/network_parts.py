@@ -58,7 +58,7 @@ class Machine:
         """`ray start`: as the head if `head` is this machine's address."""
         role = ["--head", f"--port={PORT}", "--include-dashboard=false"]
         flags = role if head == self.address else [f"--address={head}:{PORT}"]
-        self.start(
+        self.ray = self.start(
             str(BIN / "ray"), "start", "--block", *flags, f"--node-ip-address={self.address}",
             f"--temp-dir={self.files}",
             f"--num-cpus={cpus}", f"--num-gpus={gpus}", "--object-store-memory=150000000",
@@ -131,12 +131,21 @@ def machines(workers: int):
             if machine is head:
                 until(lambda: answers(head), 60, "the head")
         head.environment["RAY_ADDRESS"] = f"{head.address}:{PORT}"
-        until(lambda: nodes(head) == workers + 1, 180, "all nodes")
+        until(lambda: all_joined(made), 240, "all nodes")
         yield made
     finally:
         for machine in reversed(made):
             machine.remove()
         ip("link", "delete", bridge)
+
+
+def all_joined(made: list[Machine]) -> bool:
+    """Whether every machine is a node; one whose `ray start` gave up on a busy machine tries again."""
+    head, *others = made
+    for machine in others:
+        if machine.ray.poll() is not None:
+            machine.join(head.address, cpus=2, gpus=1)
+    return nodes(head) == len(made)
 
 
 def answers(head: Machine) -> bool:

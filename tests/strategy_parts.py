@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import UNet2DModel
+from peft import LoraConfig, inject_adapter_in_model
 from test_distillation import distiller
 from test_policy_training import trainer as policy_trainer
+from test_teacher import OPTIMIZER
 from test_teacher import trainer as teacher_trainer
-from tiny import panel
+from tiny import digits, panel, unet
 from torch import Tensor
 from vla_parts import policy
 
@@ -20,10 +23,12 @@ from cluster.checkpoints import load_checkpoint, save_checkpoint
 from cluster.storage import RunStore
 from counterpoint.critics.group import Samples
 from counterpoint.critics.panel import LocalPanel, PanelVerdict
+from counterpoint.diffusion import NoiseConfig, build_noise_scheduler
 from counterpoint.distillation import Distiller
 from counterpoint.optimization import OptimizerConfig
 from counterpoint.place import Place
 from counterpoint.strategies.config import StrategyConfig
+from counterpoint.teacher import TeacherConfig, TeacherTrainer
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -136,6 +141,8 @@ SHORT: dict[str, tuple[dict[str, Any], int]] = {
 SHORT_STEPS = 4
 POLICIES = ("ddp", "fsdp", "zero3")
 POLICY_STEPS, POLICY_CUT = 6, 4
+ADAPTED = ("ddp", "fsdp", "zero2", "zero3")
+ADAPTED_STEPS, ADAPTED_CUT = 4, 2
 
 
 def teach(folder: Path, name: str, place: Place, accumulate: int) -> None:
@@ -158,6 +165,30 @@ def imitate(folder: Path, name: str, place: Place) -> None:
     run(again, POLICY_CUT, POLICY_STEPS)
     save(again, folder / "policy" / f"{name}-resumed", POLICY_STEPS)
     again.learner.end()
+
+
+def adapted(seed: int = 0) -> UNet2DModel:
+    """A frozen UNet with low-rank adapters, so that each block holds weights of both kinds."""
+    network = unet(seed=seed).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["conv1", "time_emb_proj"]), network)
+    return network
+
+
+def adapt(folder: Path, name: str, place: Place) -> None:
+    """Train adapters; all but one process go on, over another network, from that one's middle."""
+    config = TeacherConfig(steps=30, batch_size=12, optimizer=OPTIMIZER)
+    noise = build_noise_scheduler(NoiseConfig())
+    trainer = TeacherTrainer(adapted(seed=place.ranks), noise, digits(), config, 0, place)
+    if name == ALONE:
+        run(trainer, 0, ADAPTED_CUT)
+        save(trainer, folder / "adapted" / name, ADAPTED_CUT)
+    else:
+        load(trainer, folder / "adapted" / ALONE, ADAPTED_CUT)
+    run(trainer, ADAPTED_CUT, ADAPTED_STEPS)
+    save(trainer, folder / "adapted" / name, ADAPTED_STEPS)
+    trainer.learner.end()
 
 
 def distil(folder: Path, name: str, before: str, place: Place) -> None:
@@ -202,6 +233,9 @@ def work(rank: int, folder: str, chosen: tuple[str, ...] = ()) -> None:
     for name in POLICIES:
         if not chosen or f"policy-{name}" in chosen:
             imitate(at, name, place(STRATEGIES[name]))
+    for name in ADAPTED:
+        if not chosen or f"adapted-{name}" in chosen:
+            adapt(at, name, place(STRATEGIES[name]))
     dist.destroy_process_group()
 
 
@@ -215,3 +249,4 @@ def alone(folder: Path) -> None:
     save(trainer, folder / ALONE, STEPS)
     teach(folder, ALONE, Place(), 1)
     imitate(folder, ALONE, Place())
+    adapt(folder, ALONE, Place())

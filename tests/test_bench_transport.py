@@ -1,13 +1,17 @@
 """The transport benchmark brings the same samples by every way, and tells what it left out and why."""
 
+import json
+
 import pytest
 
 from jobs import bench_transport
 from jobs.bench_transport import TransportBenchConfig
 
 
-def test_every_way_is_measured_against_numpy(ray_cluster):
-    config = TransportBenchConfig(shapes=((4, 1, 8, 8),), megabytes=0, repeats=1, rounds=2)
+def test_every_way_is_measured_against_numpy(ray_cluster, tmp_path):
+    config = TransportBenchConfig(
+        shapes=((4, 1, 8, 8),), megabytes=0, repeats=1, rounds=2, out=str(tmp_path / "told.json")
+    )
     told = bench_transport.main(config)
     assert {"numpy", "numpy_bf16", "torch", "gloo"} <= set(told["ways"])
     assert set(told["ways"]) | set(told["left_out"]) == {
@@ -23,6 +27,12 @@ def test_every_way_is_measured_against_numpy(ray_cluster):
     for way in set(told["ways"]) - {"numpy"}:
         low, high = told[f"{way}_spread_2kb"]
         assert 0 < low <= told[f"{way}_ratio_2kb"] <= high
+    stored = json.loads((tmp_path / "told.json").read_text())
+    assert stored["label"] == "MEASURED"
+    assert stored["figures"] == told
+    (message,) = stored["seconds_of_a_message"]
+    assert message["bytes_in_float32"] == 2048
+    assert [set(seconds) for seconds in message["rounds"]] == [set(told["ways"])] * 2
 
 
 def test_ratios_are_within_a_round_and_above_1_where_a_way_is_faster():

@@ -1,12 +1,15 @@
 """Every strategy trains the same network, and goes on from any other's checkpoint at any world size."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from strategy_parts import (
+    ADAPTED,
+    ADAPTED_STEPS,
     ALONE,
     CUT,
     POLICIES,
@@ -15,6 +18,7 @@ from strategy_parts import (
     SHORT_STEPS,
     STEPS,
     STRATEGIES,
+    adapted,
     alone,
     difference,
     load,
@@ -24,6 +28,8 @@ from strategy_parts import (
     tensors,
     work,
 )
+from tiny_jobs import distill_config, train_config
+from tiny_policies import policy_config
 
 from actors.training import TrainerConfig
 from cluster.checkpoints import (
@@ -33,12 +39,20 @@ from cluster.checkpoints import (
     load_checkpoint,
 )
 from cluster.storage import RunStore
+from counterpoint.optimization import OptimizerConfig
 from counterpoint.place import Place
+from counterpoint.section import Section
+from counterpoint.strategies.build import build_learner
 from counterpoint.strategies.config import StrategyConfig, check_installed
+from counterpoint.strategies.learner import Learner
+from jobs.config import dump_config, parse_config
 
 CLOSE = 1e-4
 NAMES = list(STRATEGIES)
 BEFORE = dict(zip(NAMES, NAMES[-1:] + NAMES[:-1], strict=True)) | {NAMES[0]: NAMES[0]}
+
+
+policies = partial(policy_config, demonstrations=Path("demonstrations"))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +122,31 @@ def test_a_policy_trains_through_both_stages(folder: Path, name: str, end: str) 
     assert difference(found, tensors(folder / "policy" / ALONE, POLICY_STEPS)) < CLOSE
 
 
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_train_beside_weights_that_do_not(folder: Path, name: str) -> None:
+    found, wanted = (tensors(folder / "adapted" / n, ADAPTED_STEPS) for n in (name, ALONE))
+    assert sum(key.startswith("optimizer/exp_avg.") for key in found) < len(found) / 8
+    assert difference(found, wanted) < CLOSE
+
+
+def test_frozen_weights_that_are_made_again_are_not_stored_but_must_be_the_same() -> None:
+    def learner(seed: int) -> Learner:
+        network = adapted(seed)
+        for p in network.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        return build_learner(network, OptimizerConfig(), 9, frozen="rebuilt")
+
+    one, same, other = learner(0), learner(0), learner(1)
+    one.step(0)
+    weights, state = one.weights(), one.state()
+    assert weights.keys() == one.averaged().keys()
+    assert all("lora" in name for name in weights)
+    same.load(weights, state)
+    assert all(torch.equal(x, same.module.state_dict()[name]) for name, x in one.module.state_dict().items())
+    with pytest.raises(ValueError, match=r"the frozen weights are not those .* give the run the teacher"):
+        other.load(weights, state)
+
+
 def test_a_corrupted_part_is_named_and_the_checkpoint_before_it_is_used(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -144,6 +183,19 @@ def test_what_a_strategy_cannot_do_is_refused(settings: dict[str, object], messa
     with pytest.raises(ValueError, match=message):
         TrainerConfig.model_validate(settings)
     assert StrategyConfig().sharded is False
+
+
+@pytest.mark.parametrize("strategy", [{}, STRATEGIES["zero3"], STRATEGIES["fsdp"] | {"offload": True}])
+@pytest.mark.parametrize("make", [train_config, partial(distill_config, teacher="t"), policies])
+def test_a_stored_configuration_is_read_again_as_it_was(
+    tmp_path: Path, make: Callable[..., Section], strategy: dict[str, object]
+) -> None:
+    """It names every field, those that another strategy has no use for among them."""
+    config = make(tmp_path / "run", trainer={"workers": 1, "strategy": strategy})
+    stored = tmp_path / "config.yaml"
+    stored.write_text(dump_config(config))
+    assert "zero_stage: " in stored.read_text()
+    assert parse_config(type(config), [str(stored)]) == config
 
 
 @pytest.mark.parametrize(

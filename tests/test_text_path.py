@@ -49,12 +49,12 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def encode_config(run: Path, prompts: Path, **options: Any) -> EncodeConfig:
+def encode_config(run: Path, source: Path, **options: Any) -> EncodeConfig:
     """Encoding in this process with a small model that is built."""
     base: dict[str, Any] = {
         "run": str(run), "model": {"build": BUILD.model_dump()}, "shard_rows": 5,
         "group_rows": 2, "batch_size": 3,
-        "prompts": {"uri": str(prompts), "column": "text", "image_column": "image"}, "dtype": "float32",
+        "prompts": {"uri": str(source), "column": "text", "image_column": "image"}, "dtype": "float32",
         "workers": {"count": 0},
     }  # fmt: skip
     return EncodeConfig.model_validate(base | options)

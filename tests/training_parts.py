@@ -11,6 +11,7 @@ from typing import Any
 from actors.trainers import StudentRecipe, TeacherRecipe
 from actors.worker import Report
 from cluster.storage import RunStore
+from cluster.waiting import get
 from counterpoint.place import Place
 
 
@@ -60,5 +61,23 @@ class MortalStudent(StudentRecipe):
             if place.rank == 1 and now in (8, 13) and not mark.exists():
                 mark.write_text(str(os.getpid()))
                 os.kill(os.getpid(), signal.SIGKILL)
+
+        return before_each_step(super().__call__(place, store, report), act)
+
+
+@dataclass(frozen=True)
+class CriticsStudent(StudentRecipe):
+    """Rank 0 writes down who its critics are, and kills the last of them before step 13, once."""
+
+    def __call__(self, place: Place, store: RunStore, report: Report) -> Any:
+        if place.rank == 0:
+            store.write_text("critics.txt", " ".join(host.name for host in self.hosts))
+
+        def act(now: int) -> None:
+            mark = Path(store.path(f"killed-at-{now}"))
+            if place.rank == 0 and now == 13 and not mark.exists():
+                pid = get(self.hosts[-1].actor.pid.remote(), timeout=60.0, what="a critic's process")
+                mark.write_text(str(pid))
+                os.kill(pid, signal.SIGKILL)
 
         return before_each_step(super().__call__(place, store, report), act)

@@ -95,29 +95,20 @@ def trace_learner(
     if strategy.sharded and strategy.precision == "bf16":
         network = _in_bf16(module, autocast=strategy.name == "fsdp")
         weights = [p for p in module.parameters() if p.requires_grad]
-    counted = {id(p): 0 for p in weights}
-
-    def set_aside(p: Tensor) -> None:
-        if p.grad is not None and counted[id(p)] == 0:
-            counted[id(p)] = p.grad.numel() * p.grad.element_size()
-            ledger.aside += counted[id(p)]
-
-    hooks = [p.register_post_accumulate_grad_hook(set_aside) for p in weights]
     states = ledger.mark()
-    activations = 0
-    for _ in range(min(micros, 2)):
-        before = ledger.live
-        loss = micro_step(network)
-        activations = max(activations, ledger.live - before)
-        learner.backward(loss)
-        del loss
-    step, beside = ledger.peak - states, ledger.peak_beside - states
-    before = ledger.mark()
-    ledger.aside = 0
-    learner.step(0)
-    update = ledger.peak - before
-    for hook in hooks:
-        hook.remove()
+    with _setting_aside(ledger, weights):
+        activations = 0
+        for _ in range(min(micros, 2)):
+            before = ledger.live
+            loss = micro_step(network)
+            activations = max(activations, ledger.live - before)
+            learner.backward(loss)
+            del loss
+        step, beside = ledger.peak - states, ledger.peak_beside - states
+        before = ledger.mark()
+        ledger.aside = 0
+        learner.step(0)
+        update = ledger.peak - before
     moments = [t for kept in learner.optimizer.state.values() for t in kept.values() if isinstance(t, Tensor)]
     return LearnerTrace(
         trained=sum(p.numel() for p in weights),
@@ -156,6 +147,24 @@ def _whole(strategy: StrategyConfig) -> StrategyConfig:
         precision="bf16" if autocast else "fp32",
         activation_checkpointing=strategy.activation_checkpointing,
     )
+
+
+@contextlib.contextmanager
+def _setting_aside(ledger: Ledger, weights: list[nn.Parameter]) -> Iterator[None]:
+    """Count the gradient of each weight, once it is there for the first time, as one that ranks share out."""
+    counted = {id(p): 0 for p in weights}
+
+    def set_aside(p: Tensor) -> None:
+        if p.grad is not None and counted[id(p)] == 0:
+            counted[id(p)] = _size(p.grad)
+            ledger.aside += counted[id(p)]
+
+    hooks = [p.register_post_accumulate_grad_hook(set_aside) for p in weights]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

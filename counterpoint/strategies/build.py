@@ -5,7 +5,7 @@ from torch import nn
 from counterpoint.optimization import OptimizerConfig
 from counterpoint.place import ALONE, Place
 from counterpoint.strategies.blocks import checkpoint_activations
-from counterpoint.strategies.learner import Learner
+from counterpoint.strategies.learner import Frozen, Learner
 from counterpoint.strategies.sharded import ShardedLearner
 from counterpoint.strategies.whole import WholeLearner
 from counterpoint.strategies.zero import ZeroLearner
@@ -18,10 +18,12 @@ def build_learner(
     place: Place = ALONE,
     micros: int = 1,
     prefix: str = "",
+    frozen: Frozen = "stored",
 ) -> Learner:
     """Take `module` under `place.strategy`: what of it requires gradients learns for `total` steps.
 
-    Each step has `micros` micro-batches; `prefix` goes before the names of the weights in checkpoints.
+    Each step has `micros` micro-batches; `prefix` goes before the names of the weights in checkpoints, which
+    hold what does not learn unless it is `frozen="rebuilt"` (see `Learner`).
 
     A strategy that shards the weights takes the module over: use `Learner.network` from then on. Every rank
     must call with equal weights.
@@ -29,4 +31,4 @@ def build_learner(
     if place.strategy.activation_checkpointing:
         checkpoint_activations(module)
     kinds: dict[str, type[Learner]] = {"ddp": WholeLearner, "fsdp": ShardedLearner, "deepspeed": ZeroLearner}
-    return kinds[place.strategy.name](module, config, total, place, micros, prefix)
+    return kinds[place.strategy.name](module, config, total, place, micros, prefix, frozen)

@@ -44,6 +44,13 @@ class StrategyConfig(Section):
         """Whether a worker holds only a part of the weights or of their optimizer's state."""
         return self.name != "ddp"
 
+    @property
+    def in_words(self) -> str:
+        """What is set, in a few words: `deepspeed zero_stage=3 offload bf16`."""
+        stage = [f"zero_stage={self.zero_stage}"] if self.name == "deepspeed" else []
+        saving = [name for name in ("offload", "activation_checkpointing") if getattr(self, name)]
+        return " ".join([self.name, *stage, *saving, self.precision])
+
 
 def check_installed(strategy: StrategyConfig) -> None:
     """Raise ValueError if this machine, taken for the workers', lacks what the strategy is made of."""

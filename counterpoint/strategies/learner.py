@@ -10,7 +10,7 @@ that others can write.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,18 @@ from counterpoint.optimization import OptimizerConfig
 from counterpoint.place import ALONE, Place
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REBUILT = "rebuilt_sum"
+Frozen = Literal["stored", "rebuilt"]
+"""Whether checkpoints hold the parameters that do not learn, or whoever goes on has made them again."""
 Shard = dict[str, Tensor]
 
 
 class Learner(ABC):
     """One network under training; every rank makes the same calls in the same order.
 
-    Only parameters that require gradients learn; the others and the buffers are part of the checkpoint.
+    Only parameters that require gradients learn. The buffers are part of the checkpoint, and so are the other
+    parameters where they are `frozen="stored"`; whoever has made the same ones by the time of `load`, as with
+    LoRA over a teacher, says `frozen="rebuilt"`, and only a sum is stored, by which a difference is noticed.
     """
 
     network: Callable[..., Any]
@@ -42,6 +47,7 @@ class Learner(ABC):
         place: Place = ALONE,
         micros: int = 1,
         prefix: str = "",
+        frozen: Frozen = "stored",
     ) -> None:
         """Train `module` for `total` steps of `micros` micro-batches each.
 
@@ -53,7 +59,11 @@ class Learner(ABC):
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in trained]
         self.shapes = [p.shape for _, p in trained]
-        self.entries = {name: tensor.numel() for name, tensor in module.state_dict().items()}
+        fixed = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        self.rebuilt = fixed.keys() if frozen == "rebuilt" else set()
+        self.rebuilt_sum = sum(_bits(fixed[name]) for name in self.rebuilt) % 2**62
+        state = {name: x for name, x in module.state_dict().items() if name not in self.rebuilt}
+        self.entries = {name: tensor.numel() for name, tensor in state.items()}
         self._share_out()
         self._average()
 
@@ -162,6 +172,8 @@ class Learner(ABC):
         found: dict[str, Tensor | None] = {}
         if self.place.rank == 0:
             found["ema_steps"] = torch.tensor(self.average.optimization_step)
+            if self.rebuilt:
+                found[REBUILT] = torch.tensor(self.rebuilt_sum)
         for index, (name, owner) in enumerate(self._owners(self.names)):
             full = self.prefix + name
             found[f"ema.{full}"] = self._gather(index, self.average.shadow_params[index], owner)
@@ -176,7 +188,7 @@ class Learner(ABC):
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Go on from what all ranks' `weights` and `state` returned together, under whichever strategy.
 
-        Raises ValueError where the weights are not this network's.
+        Raises ValueError where the weights are not this network's, nor those that it was trained beside.
         """
         wanted = {self.prefix + name for name in self.entries}
         found = {name for name in weights if name.startswith(self.prefix)}
@@ -184,6 +196,11 @@ class Learner(ABC):
             raise ValueError(
                 f"weights do not fit the network: missing {sorted(wanted - found)}, "
                 f"unknown {sorted(found - wanted)}"
+            )
+        if self.rebuilt and int(state[REBUILT]) != self.rebuilt_sum:
+            raise ValueError(
+                "the frozen weights are not those that the checkpoint's were trained on: give the run the "
+                "teacher or start that it began with"
             )
         trained = set(self.names)
         for name in self.entries:
@@ -246,3 +263,9 @@ class Learner(ABC):
 
 def _here(tensor: Tensor, owner: int | None, rank: int) -> Tensor | None:
     return tensor.detach().to("cpu", copy=True) if owner in (None, rank) else None
+
+
+def _bits(tensor: Tensor) -> int:
+    """The sum of a tensor's bits read as integers: the same in any order and on any device."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.detach().contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64))
