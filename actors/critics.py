@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from actors.assembly import Assembly, Behind, Key
-from actors.recipe import PanelRecipe, build_group
+from actors.recipe import PanelRecipe, build_groups
 from actors.replicas import CollectiveExchange, PeerExchange
+from actors.telemetry import Telemetry, run_tag
 from actors.wire import (
     COLLECTIVE,
     Message,
@@ -55,6 +56,10 @@ class HostSettings:
     replicas: int = 1
     transport: Transport = "object_store"
     """nixl carries gradients to the trainers; gloo what replicas exchange."""
+    run: str = ""
+    """URI of the run, by which metrics name it; that of the snapshots unless given."""
+    rank: int = 0
+    """Which of the run's hosts this is, over all replicas."""
 
 
 class HostedGroup:
@@ -65,6 +70,7 @@ class HostedGroup:
     ) -> None:
         self.group, self.store, self.settings, self.device = group, store, settings, device
         self.name = group_name(group.index)
+        self.telemetry = Telemetry(run_tag(settings.run or settings.snapshots), "critics", settings.rank)
         self.assembly = Assembly(self._compute, settings.patience)
         self.exchange: PeerExchange | None = None
         self.collective: CollectiveExchange | None = None
@@ -87,6 +93,7 @@ class HostedGroup:
             group.load(snapshot.tensors(self.name))
             self.next_key, self.durable = (snapshot.step, 0), snapshot.step
             logger.warning("%s continues from its snapshot before panel step %d", self.name, snapshot.step)
+        self.telemetry.gauge("counterpoint_snapshot_step", self.durable, group=group.index)
 
     def judge(self, rank: int, ranks: int, message: Message) -> Message:
         """Judge one rank's samples together with the other ranks'.
@@ -136,6 +143,7 @@ class HostedGroup:
             # Peers may be one snapshot behind, if they died before they had taken this one.
             self.exchange.forget_before(self.durable)
         self.durable = step
+        self.telemetry.gauge("counterpoint_snapshot_step", step, group=self.group.index)
 
     def _compute(self, messages: Sequence[Message]) -> list[Message]:
         begun, clock = time.perf_counter(), time.time()
@@ -148,8 +156,16 @@ class HostedGroup:
         last = samples.micro == samples.micros - 1
         self.next_key = (samples.step + 1, 0) if last else (samples.step, samples.micro + 1)
         seconds = time.perf_counter() - begun
+        self._tell(sum(sizes), seconds, verdict.refreshed)
         stamps = {"seconds": seconds, "begun": clock, "ended": clock + seconds}
         return [part | stamps for part in parts]
+
+    def _tell(self, samples: int, seconds: float, refreshed: int) -> None:
+        group = self.group.index
+        self.telemetry.count("counterpoint_judged_total", samples, group=group)
+        self.telemetry.observe("counterpoint_judge_seconds", seconds, group=group)
+        self.telemetry.count("counterpoint_judge_seconds_total", seconds, group=group)
+        self.telemetry.count("counterpoint_heads_refreshed_total", refreshed, group=group)
 
     def _snapshot(self, samples: Samples, answered: Sequence[Key | None]) -> None:
         """Take a snapshot when one is due, and store it once no rank needs the answers from before it.
@@ -180,13 +196,10 @@ class CriticHost:
         self.settings = settings
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.hosted = {
-            index: HostedGroup(
-                build_group(recipe, index, device),
-                RunStore(f"{settings.snapshots}/{group_name(index)}"),
-                settings,
-                device,
+            group.index: HostedGroup(
+                group, RunStore(f"{settings.snapshots}/{group_name(group.index)}"), settings, device
             )
-            for index in settings.groups
+            for group in build_groups(recipe, settings.groups, device)
         }
 
     # Innermost: Ray looks for the group on the function that decorators wrap.

@@ -1,6 +1,7 @@
 """Evaluation workers: each scores a shard of a snapshot; they lag behind training and never stall it."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from actors.feature_space import stored_feature_network
 from actors.recipe import load_unet
+from actors.telemetry import Telemetry, run_tag
 from actors.wire import unpack_state
 from cluster.dumpable import dumpable
 from cluster.failures import reporting
@@ -41,6 +43,8 @@ class EvaluationRecipe:
     config: EvaluationConfig
     feature_space: str | None = None
     """URI of the teacher's run, which stores the feature space; `run` itself unless given."""
+    scored: str | None = None
+    """URI of the run whose snapshots are scored, by which metrics name it; `run` itself unless given."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Evaluator:
         """
         if weights is not None:
             load_weights(self.pipeline.unet, unpack_state(weights))
-        scores = {}
+        begun, scores = time.perf_counter(), {}
         for steps in self.recipe.steps:
             part = score_shard(self.pipeline, self.network, steps, self.recipe.config, shard, shards)
             scores[steps] = part.as_arrays()
@@ -79,6 +83,9 @@ class Evaluator:
         if shard == 0:
             images, _ = generate(self.pipeline, range(PREVIEW), min(self.recipe.steps), self.recipe.config)
             preview = ((images + 1.0) * 127.5).round().to(torch.uint8).numpy()
+        telemetry = Telemetry(run_tag(self.recipe.scored or self.recipe.run), "evaluator", shard)
+        telemetry.count("counterpoint_shards_scored_total")
+        telemetry.count("counterpoint_score_seconds_total", time.perf_counter() - begun)
         return Shard(scores, preview)
 
 

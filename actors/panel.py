@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from torch import Tensor
 
 from actors.assembly import Behind
@@ -71,6 +72,14 @@ def peers(hosts: Sequence[HostHandle], host: HostHandle) -> list[Any]:
     return [other.actor for other in sorted(same, key=lambda other: other.replica)]
 
 
+def received(ref: Any, timeout: float, what: str) -> Message:
+    """Wait for the answer that `ref` stands for; raises the error that came of sending, if `ref` is one."""
+    if isinstance(ref, Exception):
+        raise ref
+    message: Message = get(ref, timeout=timeout, what=what)
+    return message
+
+
 @dataclass
 class Timings:
     """Where the time of asking went, in seconds since `start`."""
@@ -96,6 +105,8 @@ class _Line:
     sent: deque[tuple[Key, Message]] = field(default_factory=deque)
     last: Key | None = None
     answered: Key | None = None
+    durable: int | None = None
+    """Panel step of the group's last snapshot."""
 
 
 class RemotePanel:
@@ -131,6 +142,11 @@ class RemotePanel:
         self.stamps: dict[int, tuple[float, float]] = {}
         """When each group of the newest verdict began and ended judging, by its host's `time.time()`."""
         self._lines = {index: _Line() for index in self.hosts}
+
+    @property
+    def durable(self) -> int | None:
+        """Panel step of the oldest of the groups' last snapshots; None before any has answered."""
+        return min((one.durable for one in self._lines.values() if one.durable is not None), default=None)
 
     def ask(self, samples: Samples, groups: Tensor) -> "Asked":
         """Send the samples to their groups and return without waiting; see `Panel.ask`."""
@@ -201,12 +217,13 @@ class RemotePanel:
         while True:
             try:
                 what = f"verdict of {self.hosts[group].name}"
-                message: Message = get(ref, timeout=max(1.0, deadline - time.monotonic()), what=what)
+                message: Message = received(ref, max(1.0, deadline - time.monotonic()), what)
                 break
             except Exception as error:
                 ref = self._recover(group, error, deadline, key)
         line = self._lines[group]
         line.answered = key
+        line.durable = message["durable"]
         while line.sent and line.sent[0][0] < (message["durable"], 0):
             line.sent.popleft()
         return message
@@ -226,7 +243,8 @@ class RemotePanel:
     def _recover(self, group: int, error: Exception, deadline: float, key: Key) -> Any:
         """Bring a group up to message `key` after `error` and return a reference to its answer to that.
 
-        Anything but the loss of the host, or of what it had been told, is raised as a `Failure`.
+        Anything but the loss of the host, or of what it had been told, is raised as a `Failure`; so is
+        whatever comes after `deadline`, at which every wait below ends.
         """
         line = self._lines[group]
         while True:
@@ -234,7 +252,8 @@ class RemotePanel:
             behind = isinstance(cause, Failure) and cause.original.endswith(Behind.__name__)
             gone = classify(error) == "infrastructure" and not isinstance(cause, Failure)
             gone = gone and self.hosts[group].transport not in COLLECTIVE
-            if not (behind or gone) or not line.sent:
+            late = time.monotonic() > deadline
+            if late or not (behind or gone) or not line.sent:
                 raise failure(error, self.hosts[group].name, key[0] if line.last else None) from error
             try:
                 return self._send_again(group, deadline, key)
@@ -254,9 +273,7 @@ class RemotePanel:
         for message in again:
             # One at a time: a host's threads may take up calls in any order.
             left = max(1.0, deadline - time.monotonic())
-            get(
-                self._send(group, message), timeout=left, what=f"repeated verdict of {self.hosts[group].name}"
-            )
+            received(self._send(group, message), left, f"repeated verdict of {self.hosts[group].name}")
         return self._send(group, next(message for one, message in sent if one == key))
 
     def _expected(self, group: int, deadline: float) -> Key:
@@ -275,11 +292,18 @@ class RemotePanel:
                 time.sleep(RETRY_S)
 
     def _send(self, group: int, message: Message) -> Any:
+        """Return a reference to the answer, or, if the host is found to be gone on the way, the error."""
         host = self.hosts[group]
         judge = host.actor.judge
-        if host.transport == "nixl":
-            judge = judge.options(tensor_transport=host.transport)
-        return judge.remote(group, self.seat, self.seats, message)
+        if host.transport != "nixl":
+            return judge.remote(group, self.seat, self.seats, message)
+        try:
+            # Asks the host first whether it can do this.
+            return judge.options(tensor_transport=host.transport).remote(
+                group, self.seat, self.seats, message
+            )
+        except RayError as error:
+            return error
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         """Call a method that may be repeated on every host, waiting for hosts that are being restarted."""

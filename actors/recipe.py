@@ -1,5 +1,6 @@
 """How any process builds the same panel: from the stored teacher and the configuration."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +76,10 @@ def _pool(recipe: PanelRecipe, encoder: Encoder) -> Pool:
     return build_pool(recipe.critics, whole, patches, side, abar, recipe.seed)
 
 
-def build_group(recipe: PanelRecipe, index: int, device: torch.device) -> CriticGroup:
-    """Build one critic group in its first state."""
+def build_groups(recipe: PanelRecipe, indices: Sequence[int], device: torch.device) -> list[CriticGroup]:
+    """Build critic groups in their first state; they look through one frozen encoder."""
     pool, encoder, abar = build_pieces(recipe, device)
-    return CriticGroup(pool, index, encoder, abar)
+    return [CriticGroup(pool, index, encoder, abar) for index in indices]
 
 
 def build_local_panel(recipe: PanelRecipe, device: torch.device) -> LocalPanel:

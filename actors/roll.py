@@ -53,7 +53,7 @@ def _tell(conductor: Any, row: Row) -> None:
 def full_table(
     reported: Iterable[Mapping[str, Any]], figures: Mapping[str, Any], run: str, devices: Mapping[str, str]
 ) -> list[Row]:
-    """Return the rows of a run's ranks, with the checkpoint that figures name, and of its named actors.
+    """Return the rows of a run's ranks and named actors, with the checkpoint and snapshot that figures name.
 
     Args:
         reported: the rows that ranks have enrolled with.
@@ -65,7 +65,9 @@ def full_table(
     ranks = [row_of(row) for row in reported]
     ranks = [replace(row, version=figures.get("checkpoint", row.version)) for row in ranks]
     ranks.sort(key=lambda row: (row.role, row.rank))
-    return [*with_deaths(ranks, actors), *actor_rows(actors, run, node_names(), devices)]
+    cast = actor_rows(actors, run, node_names(), devices)
+    cast = [replace(row, version=figures.get("snapshot")) if row.role == "critics" else row for row in cast]
+    return [*with_deaths(ranks, actors), *cast]
 
 
 class Roll:

@@ -12,8 +12,10 @@ import torch
 from pydantic import Field
 
 from actors.batching import Batcher, BatchStatistics
+from actors.telemetry import Telemetry, run_tag
 from cluster.dumpable import dumpable
 from cluster.failures import classify, failure
+from cluster.roster import split_label
 from cluster.storage import RunStore
 from cluster.waiting import get
 from counterpoint.actions.space import ActionSpace
@@ -142,6 +144,7 @@ class ActionSampler:
         dumpable()
         self.settings = settings
         self.bundle = load_policy(policy)
+        self.telemetry = Telemetry(run_tag(policy), "sampler", split_label(settings.name)[1])
         self.batcher: Batcher[tuple[Observation, Stream], Decision] = Batcher(
             self._decide, settings.max_batch, settings.max_wait
         )
@@ -198,8 +201,13 @@ class ActionSampler:
     ) -> Sequence[Decision]:
         from counterpoint.selection.choice import decide
 
+        begun = time.perf_counter()
         observations, streams = [pair[0] for pair in asked], [pair[1] for pair in asked]
-        return decide(self.bundle, observations, streams, selection, self.settings.seed)
+        decisions = decide(self.bundle, observations, streams, selection, self.settings.seed)
+        self.telemetry.count("counterpoint_decisions_total", len(decisions))
+        self.telemetry.count("counterpoint_decision_batches_total")
+        self.telemetry.count("counterpoint_decision_seconds_total", time.perf_counter() - begun)
+        return decisions
 
 
 def check_environment(

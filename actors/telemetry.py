@@ -6,6 +6,7 @@ dashboard of them. A process without Ray reports nothing, and no metric ever end
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,6 +121,47 @@ class Telemetry:
             made = (Counter if metric.kind == "counter" else Gauge)(metric.name, metric.description, keys)
         self._made[metric.name] = made
         return made
+
+
+class TrainerTelemetry(Telemetry):
+    """What rank 0 of the trainers of the run stored at `uri` reports."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(run_tag(uri), "trainer")
+        self._asked: dict[str, float] = {}
+        """What had been reported of the panel."""
+
+    def stepped(self, step: int, total: int, samples: int, seconds: float, row: Mapping[str, Any]) -> None:
+        """Report a step of `samples` samples over all ranks; `row` has its figures, losses among them."""
+        self.gauge("counterpoint_step", step)
+        self.gauge("counterpoint_steps_wanted", total)
+        self.count("counterpoint_samples_total", samples)
+        self.observe("counterpoint_step_seconds", seconds)
+        self.count("counterpoint_step_seconds_total", seconds)
+        for name, value in row.items():
+            if name == "loss" or name.endswith("_loss"):
+                self.gauge("counterpoint_loss", value, part=name.removesuffix("loss").rstrip("_") or "total")
+        self.gauge("counterpoint_gradient_norm", row.get("gradient_norm"))
+        self.gauge("counterpoint_learning_rate", row.get("learning_rate"))
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Report a checkpoint that counts."""
+        self.gauge("counterpoint_checkpoint_step", step)
+        self.count("counterpoint_checkpoint_seconds_total", seconds)
+
+    def asked(self, panel: Any) -> None:
+        """Report what a `RemotePanel` has done since the last report; of any other panel nothing."""
+        timings = getattr(panel, "timings", None)
+        if timings is None:
+            return
+        for part in ("compute", "wire", "wait"):
+            seconds = self._since(part, getattr(timings, f"{part}_s"))
+            self.count("counterpoint_panel_seconds_total", seconds, part=part)
+        self.count("counterpoint_panel_recoveries_total", self._since("recoveries", panel.recoveries))
+
+    def _since(self, name: str, now: float) -> float:
+        before, self._asked[name] = self._asked.get(name, 0.0), now
+        return now - before
 
 
 def run_tag(uri: str) -> str:

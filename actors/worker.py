@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from actors.telemetry import TrainerTelemetry
 from actors.timeline import Recorder, timed
 from cluster.checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from cluster.metrics_log import MetricsLog
@@ -178,6 +179,7 @@ def _save(
     """Write the checkpoint of `step` and who wrote it; metrics up to it are on storage before it counts."""
     if chief:
         chief.metrics.flush()
+    begun = time.perf_counter()
     weights, files = trainer.weights(), trainer.state()
     if chief:
         files = files | {WEIGHTS: weights}
@@ -186,6 +188,7 @@ def _save(
     if chief:
         prune_checkpoints(store, keep=2)
         chief.saved = step
+        chief.telemetry.saved(step, time.perf_counter() - begun)
     _barrier(place)
 
 
@@ -205,6 +208,7 @@ class _Chief:
 
     def __init__(self, spec: LoopSpec, store: RunStore, start: int) -> None:
         self.spec, self.store = spec, store
+        self.telemetry = TrainerTelemetry(spec.uri)
         self.metrics = MetricsLog(store)
         self.metrics.truncate(start)
         self.evaluations = MetricsLog(store, "evaluations.jsonl", tensorboard=False, flush_rows=1)
@@ -230,8 +234,10 @@ class _Chief:
         snapshot: dict[str, Tensor] | None,
     ) -> bool:
         """Log a step, offer its `snapshot`, and return whether the driver wants to stop."""
-        rate = trainer.samples_per_step(step - 1) / seconds
-        row = figures | {"seconds": seconds, "samples_per_second": rate}
+        samples = trainer.samples_per_step(step - 1)
+        row = figures | {"seconds": seconds, "samples_per_second": samples / seconds}
+        self.telemetry.stepped(step, trainer.total_steps, samples, seconds, figures)
+        self.telemetry.asked(getattr(trainer, "panel", None))
         if self.watcher is not None:
             self._raise(row, self.watcher.see({"step": step} | row))
         self.refreshes += figures.get("refreshed", 0)
@@ -243,6 +249,7 @@ class _Chief:
                 pool.offer(step, snapshot)
         progress = {
             "step": step, "total": trainer.total_steps, "refreshes": self.refreshes, "checkpoint": self.saved,
+            "snapshot": getattr(getattr(trainer, "panel", None), "durable", None),
         }  # fmt: skip
         return self.spec.report(progress | row)
 
@@ -271,6 +278,7 @@ class _Chief:
         for alarm in alarms:
             logger.warning("alarm: %s", alarm)
         if alarms:
+            self.telemetry.count("counterpoint_alarms_total", len(alarms))
             row["alarms"] = alarms
             self.alarms.extend(alarms)
 

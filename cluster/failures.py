@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 import math
+import os
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -39,9 +40,15 @@ def failure(error: BaseException, role: str, step: int | None = None, data: Erro
 
 
 def located(error: BaseException, role: str, rank: int, node: str) -> None:
-    """Write on an exception where and when it was raised; pickling keeps it, unless its type forbids that."""
+    """Write on an exception where and when it was raised, and its traceback, which Ray Train loses.
+
+    Pickling keeps it, unless the exception's type forbids that.
+    """
+    story = "".join(traceback.format_exception(error)).rstrip() if error.__traceback__ else ""
     with suppress(AttributeError):
-        error.place = {"role": role, "rank": rank, "node": node, "time": time.time()}  # type: ignore[attr-defined]
+        error.place = {  # type: ignore[attr-defined]
+            "role": role, "rank": rank, "node": node, "pid": os.getpid(), "time": time.time(), "story": story,
+        }  # fmt: skip
 
 
 def _node() -> str:

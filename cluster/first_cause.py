@@ -76,15 +76,16 @@ def _cause(
             error.kind, error.original, error.message, role, index, error.node, None, error.step,
             error.details or story, notes, others, names,
         )  # fmt: skip
-    story = story or _local_story(error)
     place: dict[str, Any] = getattr(error, "place", None) or {}
+    story = place.get("story") or story or _local_story(error)
     remote = REMOTE.search(story)
     role = place.get("role") or ("trainer" if rank is not None else "driver")
     if remote and role == "driver":
         role = remote["what"].partition(".")[0]
     return FirstCause(
         classify(error), _type_name(error), str(error), role, place.get("rank", rank),
-        place.get("node") or (remote["ip"] if remote else ""), int(remote["pid"]) if remote else None,
+        place.get("node") or (remote["ip"] if remote else ""),
+        place.get("pid") or (int(remote["pid"]) if remote else None),
         getattr(error, "step", None) if isinstance(getattr(error, "step", None), int) else None,
         story, notes, others, names,
     )  # fmt: skip

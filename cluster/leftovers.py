@@ -38,7 +38,8 @@ def session_processes(root: str, since: float = 0.0) -> list[psutil.Process]:
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            belongs = _is_service(process.cmdline(), root) or _is_worker(process.pid, root)
+            words = process.cmdline()
+            belongs = _is_service(words, root) or _writes_as_worker(process, words, root)
             if belongs and (identity.started(process.pid) or 0.0) >= since:
                 found |= {child.pid: child for child in (process, *process.children(recursive=True))}
     for mine in (psutil.Process(), *psutil.Process().parents()):
@@ -48,20 +49,26 @@ def session_processes(root: str, since: float = 0.0) -> list[psutil.Process]:
 
 def _is_service(words: list[str], root: str) -> bool:
     """Whether a command line is that of one of Ray's services, for a session below `root`."""
-    if not any(word.partition("=")[2].startswith(f"{root}/") or word.startswith(f"{root}/") for word in words):
+    if not any(
+        word.partition("=")[2].startswith(f"{root}/") or word.startswith(f"{root}/") for word in words
+    ):
         return False
     package = f"{Path(ray.__file__).parent}/"
     script = any(word.startswith(package) and word.endswith(".py") for word in words[:4])
     return script or Path(words[0]).name in SERVICES
 
 
-def _is_worker(pid: int, root: str) -> bool:
-    """Whether the standard error of a process is a worker's log of a session below `root`."""
+def _writes_as_worker(process: psutil.Process, words: list[str], root: str) -> bool:
+    """Whether a process's standard error, or a log that a worker or agent by title has, is below `root`."""
     try:
-        path = os.readlink(f"/proc/{pid}/fd/2")
+        errors = os.readlink(f"/proc/{process.pid}/fd/2")
     except OSError:
         return False
-    return path.startswith(f"{root}/session_") and Path(path).parent.name == "logs"
+    mine = [errors]
+    if words and words[0].startswith("ray::"):
+        # Agents of a raylet that is dead have no parent to be found by.
+        mine += [file.path for file in process.open_files()]
+    return any(path.startswith(f"{root}/session_") and Path(path).parent.name == "logs" for path in mine)
 
 
 def end_session(root: str, since: float = 0.0) -> None:

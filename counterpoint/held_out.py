@@ -67,6 +67,12 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def other_prompts(question: Question) -> Question:
-    """Return the same noise with each prompt exchanged for the next sample's."""
-    return Question(question.noise, question.rows.roll(1))
+def other_prompts(question: Question) -> Question | None:
+    """Return the same noise with each prompt exchanged for another one of the question's.
+
+    None where all samples have the same prompt, and there is no other.
+    """
+    prompts, place = question.rows.unique(return_inverse=True)
+    if len(prompts) < 2:
+        return None
+    return Question(question.noise, prompts[(place + 1) % len(prompts)])

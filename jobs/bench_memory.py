@@ -1,4 +1,7 @@
-"""What the planner says a process holds against what it then held: `python -m jobs.bench memory`."""
+"""What the planner says a process holds against what it then held.
+
+python -m jobs.bench memory configs/bench/memory.yaml
+"""
 
 import json
 import os
@@ -11,6 +14,8 @@ from typing import Any
 from pydantic import Field
 
 from cluster.connect import thread_env
+from cluster.environment import describe_environment
+from cluster.storage import RunStore
 from counterpoint.section import Section
 from counterpoint.strategies.config import StrategyConfig
 from jobs.memory_probe import MemoryCase, estimate
@@ -35,11 +40,14 @@ class MemoryBenchConfig(Section):
             "trainer_accumulating": MemoryCase(samples=8, accumulate=2),
             "trainers_ddp": MemoryCase(samples=4, ranks=2),
             "trainers_fsdp": MemoryCase(samples=4, ranks=2, strategy=StrategyConfig(name="fsdp")),
+            "trainers_zero_2": MemoryCase(samples=4, ranks=2, strategy=StrategyConfig(name="deepspeed")),
             "critics": MemoryCase(role="critics"),
             "critics_large_batch": MemoryCase(role="critics", samples=48),
         }
     )
     """The cases by name."""
+    out: str | None = None
+    """File for the results (JSON); none is written unless set."""
 
 
 def main(config: MemoryBenchConfig) -> dict[str, Any]:
@@ -53,7 +61,12 @@ def main(config: MemoryBenchConfig) -> dict[str, Any]:
             "ratio": round(found / expected, 3),
         }
     worst = max(abs(one["ratio"] - 1.0) for one in result.values())
-    return {"worst_error": round(worst, 3)} | result
+    line = {"worst_error": round(worst, 3)} | result
+    if config.out is not None:
+        path = Path(config.out).absolute()
+        told = {"environment": describe_environment(), "cores": os.cpu_count()} | line
+        RunStore(str(path.parent)).write_text(path.name, json.dumps(told, indent=1) + "\n")
+    return line
 
 
 def measure(case: MemoryCase) -> int:

@@ -59,8 +59,9 @@ class Score:
     def evaluation(self, steps: tuple[int, ...]) -> EvaluationRecipe:
         """What evaluation workers need to score snapshots of the student."""
         return EvaluationRecipe(
-            self.config.teacher, self.teacher.features, self.scheduler, steps, self.config.evaluation
-        )
+            self.config.teacher, self.teacher.features, self.scheduler, steps, self.config.evaluation,
+            scored=self.config.run,
+        )  # fmt: skip
 
 
 def main(config: DistillConfig) -> dict[str, Any]:

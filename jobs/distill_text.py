@@ -134,10 +134,11 @@ def finish(work: Work) -> dict[str, Any]:
         teacher if config.start is None else load_prompted_unet(config.start, work.prompts).eval().to(device)
     )
     before = {n: relative_error(_student(work, start, question, n), wanted) for n in config.steps}
-    figures: dict[str, Any] = {
+    others = other_prompts(question)
+    figures: dict[str, Any] = {}
+    if others is not None:
         # How much prompts matter to the teacher: its own samples from the same noise under other prompts.
-        "prompt_effect": relative_error(_teacher_answers(work, teacher, other_prompts(question)), wanted),
-    }
+        figures["prompt_effect"] = relative_error(_teacher_answers(work, teacher, others), wanted)
     del teacher
     student = _trained(work, start.cpu()).eval()
     save_student(work, student)
@@ -146,9 +147,9 @@ def finish(work: Work) -> dict[str, Any]:
     for n in config.steps:
         figures[f"student_{n}_error_before"] = before[n]
         figures[f"student_{n}_error"] = relative_error(found[n], wanted)
-    fewest = min(config.steps)
-    others = _student(work, student, other_prompts(question), fewest)
-    figures["other_prompt_error"] = relative_error(others, wanted)
+    if others is not None:
+        confused = _student(work, student, others, min(config.steps))
+        figures["other_prompt_error"] = relative_error(confused, wanted)
     if config.pictures:
         shown = [wanted[: config.pictures], *(found[n][: config.pictures] for n in config.steps)]
         save_image(store, "grids/teacher-and-student.png", image_grid(_decoded(work, shown), config.pictures))

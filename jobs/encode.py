@@ -19,6 +19,7 @@ from actors.encoding import EncodingRecipe, ShardEncoder, ShardWork, check_model
 from actors.prompted import PROMPTS, is_hub_id
 from actors.recipe import PIPELINE
 from cluster.connect import connected, thread_env
+from cluster.identity import current
 from cluster.placement import Pool, plan
 from cluster.progress import ProgressLine
 from cluster.reserve import reserve
@@ -205,6 +206,7 @@ def _on_ray(
             num_gpus=workers.gpus_per_worker or None,
             runtime_env={"env_vars": thread_env(workers.threads)},
         )
+        dataset.set_name(current().id)
         try:
             for row in dataset.iter_rows():
                 yield json.loads(row["record"])

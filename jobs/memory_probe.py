@@ -35,7 +35,7 @@ from counterpoint.unet import UNetConfig, build_unet
 from jobs.config import result_line
 
 CLASSES, IMAGES = 10, 64
-STEPS = 3
+STEPS = 2
 
 
 class MemoryCase(Section):

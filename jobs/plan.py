@@ -15,7 +15,7 @@ from jobs.plan_cast import CastPlan, Sizes, plan_cast, sizes_of
 from jobs.plan_networks import network_of
 from jobs.plan_placement import TRAINER, Placement, place
 from jobs.plan_remedies import Remedy, trainer_remedies
-from jobs.plan_settings import MachinesConfig, PolicyPlan, parse_bytes, plan_of
+from jobs.plan_settings import MachinesConfig, PolicyPlan, parse_bytes, plan_of, with_teacher
 from jobs.table import text_table
 
 GIB = 2**30
@@ -38,7 +38,7 @@ def main(config: MachinesConfig) -> dict[str, Any]:
     small = [r for r in cast.roles if config.gpus and r.holding.device > limit]
     placement = place(config, cast)
     held = [r.holding.device for r in small if r.name == TRAINER]
-    remedies = trainer_remedies(config, held[0], limit) if held else []
+    remedies = trainer_remedies(config, cast.trace, held[0], limit) if held else []
     fits = placement.fits and not small
     sys.stderr.write("\n".join(words(config, cast, sizes, placement, remedies)) + "\n")
     return {
@@ -139,7 +139,8 @@ def _size(count: int) -> str:
 if __name__ == "__main__":
     try:
         model = plan_of(sys.argv[1:])
+        argv = with_teacher(model, sys.argv[1:])
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    run_job(main, model)
+    run_job(main, model, argv)

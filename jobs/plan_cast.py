@@ -1,6 +1,6 @@
 """What each actor of a job holds and sends: a trainer, a host of critic groups, an evaluation worker."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -41,15 +41,23 @@ class CastPlan:
     """The actors of a job, and what they send each other in a step."""
 
     roles: tuple[Role, ...]
-    trained: int
-    """Parameters that learn."""
+    trace: LearnerTrace
+    """The trainer's step as one process would take it."""
     heads: int
     """Heads of the pool; 0 without one."""
     exchange: int
     """Bytes that each trainer sends to other trainers."""
     panel: PanelTraffic
-    snapshot: int
-    """Bytes of the weights that are offered to evaluation workers."""
+
+    @property
+    def trained(self) -> int:
+        """Parameters that learn."""
+        return self.trace.trained
+
+    @property
+    def snapshot(self) -> int:
+        """Bytes of the weights that are offered to evaluation workers."""
+        return 4 * self.trained
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ def plan_cast(config: MachinesConfig, network: Network) -> CastPlan:
     strategy = config.trainer.strategy
     trainer = share_out(trace, strategy, sizes.workers, sizes.accumulate, gpu)
     trainer = _with_data(trainer, _kept_samples(config, network))
-    roles = [Role("trainer", sizes.workers, trainer, "trainer.workers")]
+    roles = []
     exchange = exchanged_per_step(trace.trained, strategy, sizes.workers, sizes.accumulate)
     panel, heads = PanelTraffic(0, 0, 0), 0
     if not isinstance(config, TrainPlan):
@@ -97,11 +105,18 @@ def plan_cast(config: MachinesConfig, network: Network) -> CastPlan:
                 _traffic(config, network, group, sizes),
                 group.heads * len(config.critics.noise_levels),
             )
-            roles += _critics(config.critics, group, gpu)
+            trainer = _with_waiting(trainer, config, network, sizes, gpu)
+            hosts = _hosted(config.critics, group, gpu)
+            if config.critics.actors:
+                count = config.critics.actors * config.critics.replicas
+                roles.append(Role("critics", count, hosts, "critics.actors"))
+            else:
+                trainer = _together(trainer, hosts)
     if isinstance(config, DistillPlan | TrainPlan) and config.evaluation.workers:
         evaluator = sampling(network.frozen, network.shape, config.evaluation.batch_size, gpu)
         roles.append(Role("evaluator", config.evaluation.workers, evaluator, "evaluation.workers"))
-    return CastPlan(tuple(roles), trace.trained, heads, exchange, panel, 4 * trace.trained)
+    roles.insert(0, Role("trainer", sizes.workers, trainer, "trainer.workers"))
+    return CastPlan(tuple(roles), trace, heads, exchange, panel)
 
 
 def trace_trainer(config: Any, network: Network) -> LearnerTrace:
@@ -168,8 +183,30 @@ def _trace_group(config: DistillPlan | TextPlan, network: Network, sizes: Sizes)
         return trace_group(ledger, network.encoder, plain, samples, alphas, sizes.accumulate)
 
 
-def _critics(critics: HostedCriticsConfig, group: GroupTrace, gpu: bool) -> list[Role]:
-    """Return the hosts of critic groups: each group has an encoder of its own."""
+def _with_waiting(holding: Holding, config: Any, network: Network, sizes: Sizes, gpu: bool) -> Holding:
+    """Add what a trainer that asks a step ahead keeps of it: samples, real images and gradients."""
+    channels, height, width = network.shape
+    waiting = int(config.adversarial.staleness) * sizes.micro * sizes.accumulate
+    waiting *= 3 * 4 * channels * height * width
+    return replace(
+        holding,
+        exchange=holding.exchange + waiting,
+        device=holding.device + (waiting if gpu else 0),
+        host=holding.host + (0 if gpu else waiting),
+    )
+
+
+def _together(trainer: Holding, critics: Holding) -> Holding:
+    """Return what a trainer holds that hosts the critics too: the sum, as heads judge on top of its graph."""
+    context = max(trainer.context, critics.context)
+    twice = trainer.context + critics.context - context
+    both = {f.name: getattr(trainer, f.name) + getattr(critics, f.name) for f in fields(Holding)}
+    device = both["device"] - (twice if both["device"] else 0)
+    return Holding(**both | {"context": context, "device": device})
+
+
+def _hosted(critics: HostedCriticsConfig, group: GroupTrace, gpu: bool) -> Holding:
+    """Return what a host of critic groups holds: each group has an encoder of its own."""
     hosted = max(map(len, shares(len(critics.noise_levels), critics.actors))) if critics.actors else 0
     hosted = hosted or len(critics.noise_levels)
     # Groups of one host may judge at the same time.
@@ -186,9 +223,7 @@ def _critics(critics: HostedCriticsConfig, group: GroupTrace, gpu: bool) -> list
     if critics.replicas > 1:
         # Contributions are kept for peers to fetch since the last snapshot but one.
         holding = _with_data(holding, hosted * 2 * critics.snapshot_every * group.gradients)
-    if critics.actors == 0:
-        return [Role("critics inside the trainer", 0, holding, "critics.actors")]
-    return [Role("critics", critics.actors * critics.replicas, holding, "critics.actors")]
+    return holding
 
 
 def _in_all(holding: Holding, gpu: bool) -> Holding:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from actors.prompted import model_part
+from actors.prompted import is_hub_id, model_part
 from actors.recipe import PIPELINE
 from cluster.storage import RunStore
 from counterpoint.critics.encoder import FrozenEncoder
@@ -19,13 +19,16 @@ from counterpoint.data import load_data
 from counterpoint.diffusion import NoiseConfig, build_noise_scheduler
 from counterpoint.lora import add_lora
 from counterpoint.prompted import PromptedUNet
+from counterpoint.tiny_sdxl import build_tiny_sdxl
 from counterpoint.unet import build_unet
 from jobs.config import parse_config
+from jobs.encode import EncodeConfig
 from jobs.plan_settings import DistillPlan, MachinesConfig, TextPlan, TrainPlan
 from jobs.runs import read_config
-from jobs.sdxl_parts import MadePrompts
+from jobs.sdxl_parts import SDXL, MadePrompts
 from jobs.settings import TrainConfig
 
+SDXL_NAME = "stabilityai/stable-diffusion-xl-base-1.0"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,9 +57,9 @@ def network_of(config: MachinesConfig) -> Network:
         return _trained(config)
     assert isinstance(config, DistillPlan)
     store = RunStore(config.teacher)
-    if config.teacher_config is not None:
-        return _trained(parse_config(TrainConfig, [str(config.teacher_config)]))
     if not store.exists(f"{PIPELINE}/unet/config.json"):
+        if config.teacher_config is not None:
+            return _trained(parse_config(TrainConfig, [str(config.teacher_config)]))
         raise ValueError(
             f"teacher={config.teacher} is not a finished run: train it, or give its configuration, such as "
             "teacher_config=configs/digits/teacher.yaml"
@@ -94,8 +97,7 @@ def _of_unet(
 
 def _prompted(config: TextPlan) -> Network:
     """The text-to-image networks, prompted from a table that is made up."""
-    shape = config.unet_shape or _stored_shape(config.teacher)
-    full = dict(shape)
+    full = dict(config.unet_shape or _shape(config))
     side = int(full["sample_size"])
 
     def frozen() -> Any:
@@ -120,6 +122,18 @@ def _prompted(config: TextPlan) -> Network:
 
 def _prompts(shape: Mapping[str, Any], config: TextPlan) -> MadePrompts:
     return MadePrompts(shape, 1, torch.device("cpu"), config.prompt_tokens)
+
+
+def _shape(config: TextPlan) -> dict[str, Any]:
+    """The shape of the teacher's UNet: stored, of a known name, or as an encoding that builds it says."""
+    if config.teacher == SDXL_NAME:
+        return dict(SDXL)
+    stored = is_hub_id(config.teacher) or RunStore(config.teacher).exists(f"{PIPELINE}/manifest.json")
+    if config.teacher_config is not None and not stored:
+        encoding = parse_config(EncodeConfig, [str(config.teacher_config)])
+        if encoding.model.build is not None:
+            return dict(build_tiny_sdxl(encoding.model.build, encoding.seed).unet.config)
+    return _stored_shape(config.teacher)
 
 
 def _stored_shape(teacher: str) -> dict[str, Any]:

@@ -34,7 +34,18 @@ class Placement:
 
 
 def place(config: Any, cast: CastPlan) -> Placement:
-    """Place a cast on the planned machines: one GPU to a trainer, parts of GPUs to others where they fit."""
+    """Place a cast on the planned machines: one GPU to a trainer, parts of GPUs to others where they fit.
+
+    A trainer that is alone has a part too, where all fit only so; several cannot: NCCL takes one rank a GPU.
+    """
+    found = _placed(config, cast, whole=True)
+    if found.fits or config.trainer.workers > 1 or not config.gpus:
+        return found
+    shared = _placed(config, cast, whole=False)
+    return shared if shared.fits else found
+
+
+def _placed(config: Any, cast: CastPlan, whole: bool) -> Placement:
     gpu = config.gpus > 0
     memory = parse_bytes(config.gpu_memory)
     cpus = {TRAINER: config.trainer.cpus_per_worker}
@@ -45,7 +56,8 @@ def place(config: Any, cast: CastPlan) -> Placement:
     pools = {}
     for role in cast.roles:
         if role.count:
-            gpus = 0.0 if not gpu else 1.0 if role.name == TRAINER else share_of(role, memory)
+            alone = whole and role.name == TRAINER
+            gpus = 0.0 if not gpu else 1.0 if alone else share_of(role, memory)
             pools[role.name] = Pool(
                 role.name, role.count, cpus[role.name], gpus,
                 role.holding.host if config.host_memory else 0, setting=role.setting,

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from counterpoint.footprint.learner import LearnerTrace
 from counterpoint.footprint.sharding import share_out
 from counterpoint.lora import LoraSection
 from counterpoint.strategies.config import StrategyConfig
 from jobs.plan_cast import sizes_of, trace_trainer
-from jobs.plan_networks import Network, network_of
+from jobs.plan_networks import network_of
 from jobs.plan_settings import TextPlan
 
 LORA_RANK = 16
@@ -24,16 +25,22 @@ class Remedy:
     device: int
 
 
-def trainer_remedies(config: Any, held: int, limit: int) -> list[Remedy]:
-    """Return changes that bring a trainer from `held` bytes to at most `limit`, or all that help."""
+def trainer_remedies(config: Any, trace: LearnerTrace, held: int, limit: int) -> list[Remedy]:
+    """Return changes that bring a trainer from `held` bytes to at most `limit`, or all that help.
+
+    `trace` is that of the configuration as it is; a step is followed again only where a change alters it.
+    What is held beside the step (critics in the trainer, for one) stays as it is.
+    """
     found: list[Remedy] = []
+    traces = {_followed(config): trace}
+    beside = held - _device(config, trace)
     for change in CHANGES:
         for setting, fields in change(config):
             tried = config.model_copy(update=fields)
-            network: Network = network_of(tried)
-            sizes, strategy = sizes_of(tried), tried.trainer.strategy
-            trace = trace_trainer(tried, network)
-            device = share_out(trace, strategy, sizes.workers, sizes.accumulate, gpu=True).device
+            key = _followed(tried)
+            if key not in traces:
+                traces[key] = trace_trainer(tried, network_of(tried))
+            device = beside + _device(tried, traces[key])
             if device >= held:
                 continue
             held = device
@@ -42,6 +49,19 @@ def trainer_remedies(config: Any, held: int, limit: int) -> list[Remedy]:
             if device <= limit:
                 return found
     return found
+
+
+def _followed(config: Any) -> tuple[Any, ...]:
+    """What a trainer's trace depends on, of all that a change may set."""
+    sizes, strategy = sizes_of(config), config.trainer.strategy
+    halved = strategy.precision == "bf16" and strategy.name
+    adapters = config.lora.rank if isinstance(config, TextPlan) else 0
+    return halved, strategy.activation_checkpointing, sizes.micro, min(2, sizes.accumulate), adapters
+
+
+def _device(config: Any, trace: LearnerTrace) -> int:
+    sizes = sizes_of(config)
+    return share_out(trace, config.trainer.strategy, sizes.workers, sizes.accumulate, gpu=True).device
 
 
 def _strategy(config: Any, **fields: Any) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from counterpoint.section import Section
-from jobs.config import choice
+from jobs.config import choice, parse_config
 from jobs.config_source import read_file
-from jobs.settings import DistillConfig, TrainConfig
+from jobs.settings import DistillConfig, TrainConfig, absolute
 from jobs.text_settings import DistillTextConfig
 from jobs.train_policy import PolicyTrainConfig
 
@@ -49,7 +49,8 @@ class MachinesConfig(Section):
     host_memory: Size | None = None
     """Memory of one machine; unset does not check it."""
     teacher_config: Path | None = None
-    """Configuration of the teacher's training, where a class-conditional teacher is not trained yet."""
+    """Configuration that makes the teacher (jobs.train, or jobs.encode with model.build), where it is not
+    there yet; unset looks for one among the files beside this one."""
     unet_shape: Any = None
     """Shape of the text-to-image UNet as in diffusers' config.json, where the teacher is not there yet."""
     prompt_tokens: int = Field(default=77, ge=1)
@@ -77,10 +78,30 @@ PLANS: dict[str, type[MachinesConfig]] = {
 }  # fmt: skip
 
 
+def with_teacher(model: type[MachinesConfig], argv: Sequence[str]) -> list[str]:
+    """Add `teacher_config` to `argv`, if a file beside the configuration is that of the teacher's run."""
+    path = _file_in(argv)
+    if path is None or {"--help", "-h"} & set(argv) or not issubclass(model, DistillPlan | TextPlan):
+        return list(argv)
+    config = parse_config(model, argv)
+    if config.teacher_config is not None:
+        return list(argv)
+    for other in sorted(path.parent.glob("*.y*ml")):
+        run = read_file(other).get("run")
+        if isinstance(run, str) and other != path and absolute(run) == config.teacher:
+            return [*argv, f"teacher_config={other}"]
+    return list(argv)
+
+
+def _file_in(argv: Sequence[str]) -> Path | None:
+    found = next((a for a in argv if not a.startswith("--") and a.endswith((".yaml", ".yml"))), None)
+    return Path(found) if found else None
+
+
 def plan_of(argv: Sequence[str]) -> type[MachinesConfig]:
     """Return the model of the job that `argv` configures: the one its `job` names, else by its keys."""
-    path = next((a for a in argv if not a.startswith("--") and a.endswith((".yaml", ".yml"))), None)
-    keys = read_file(Path(path)) if path else {}
+    path = _file_in(argv)
+    keys = read_file(path) if path else {}
     guess = "distill"
     if keys.get("learner") == "policy":
         guess = "train_policy"

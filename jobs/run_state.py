@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.checkpoints import NEVER_FINISHED, checkpoint_steps, step_folder
-from cluster.identity import PLACEMENT_FILE
+from cluster.identity import FAILURE_FILE, PLACEMENT_FILE
 from cluster.manifest import DamagedCheckpointError, read_manifest, verify_file
 from cluster.metrics_log import read_metrics
 from cluster.roster import Row, row_of
@@ -75,8 +75,9 @@ def _check(store: RunStore, folder: str, verify: bool) -> None:
 
 
 def last_step(store: RunStore, figures: Mapping[str, Any]) -> int | None:
-    """Return the last step that the newest figures or the stored metrics tell of; None before the first."""
-    steps = [figures["step"]] if isinstance(figures.get("step"), int) else []
+    """Return the last step that the newest figures, the stored metrics or a failure tell of, or None."""
+    told = (figures.get("step"), kept_failure(store).get("last_step"))
+    steps = [step for step in told if isinstance(step, int)]
     with contextlib.suppress(Exception):
         steps += [row["step"] for row in read_metrics(store)[-1:]]
     return max(steps, default=None)
@@ -88,6 +89,15 @@ def kept_rows(store: RunStore) -> list[Row]:
         return [row_of(row) for row in json.loads(store.read_text(PLACEMENT_FILE))]
     except (FileNotFoundError, ValueError, TypeError):
         return []
+
+
+def kept_failure(store: RunStore) -> dict[str, Any]:
+    """Return what a failed run said last (see `jobs.failure_card`); nothing where it did not fail."""
+    try:
+        found = json.loads(store.read_text(FAILURE_FILE))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def stage_of(store: RunStore, facts: Mapping[str, Any], alive: bool | None) -> str:

@@ -152,7 +152,7 @@ def _hosts(
         snapshots = f"{uri.rstrip('/')}/snapshots" + (f"/replica-{replica}" if replica else "")
         settings = HostSettings(
             name, groups, snapshots, critics.snapshot_every, critics.patience, replica, replicas,
-            critics.transport,
+            critics.transport, uri, place,
         )  # fmt: skip
         actor = (
             critic_actor(len(groups), ranks // replicas, replicas, 2 * trainer.accumulate, critics.transport)

@@ -17,7 +17,7 @@ from cluster.roster import Row
 from cluster.storage import RunStore
 from cluster.waiting import get
 from counterpoint.section import Section
-from jobs.run_state import kept_rows, stage_of
+from jobs.run_state import kept_failure, kept_rows, stage_of
 from jobs.settings import RunUri
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,11 @@ def watching(uri: str) -> Iterator[Watched]:
         try:
             stack.enter_context(observing(facts))
         except Unreachable as error:
-            gone = [replace(row, state=_last_state(row, driver)) for row in kept]
+            told = kept_failure(store)
+            gone = [
+                replace(row, state=_last_state(row, driver, (told.get("role"), told.get("rank"))))
+                for row in kept
+            ]
             yield Watched(store, facts, (driver, *gone), {}, str(error), {})
             return
         answer = _conductor_says(facts["id"])
@@ -109,8 +113,13 @@ def _driver_row(store: RunStore, facts: dict[str, Any]) -> Row:
     return Row("driver", 0, facts["host"], "cpu", facts["pid"], None, state, since)
 
 
-def _last_state(row: Row, driver: Row) -> str:
-    """How a row stands whose cluster does not answer: as it was, but nothing runs on without its driver."""
+def _last_state(row: Row, driver: Row, failed: tuple[Any, Any]) -> str:
+    """How a row stands whose cluster does not answer: as it was, but nothing runs on without its driver.
+
+    `failed` is the role and rank of the first cause that ended the run, if any did.
+    """
+    if (row.role, row.rank) == failed:
+        return "failed"
     running = row.state in ("starting", "running", "restarting")
     return "gone" if running and driver.state != "running" else row.state
 

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import ray
@@ -164,6 +167,37 @@ def test_a_failed_job_ends_with_its_traceback_once_and_a_card(tmp_path, capsys):
     assert (kept["role"], kept["rank"], kept["node"], kept["checkpoint"]) == ("trainer", 1, "host/cd", 5)
     assert kept["traceback"] == "story of 1"
     assert identity.known_facts(store)["outcome"] == "failed"
+
+
+def test_a_rank_that_fails_on_a_cluster_is_told_whole_and_once(tmp_path):
+    command = [
+        sys.executable, str(Path(__file__).parent / "failing_run.py"), "rank", f"run={tmp_path}/run",
+        "teacher.steps=6", "teacher.batch_size=16", "trainer.workers=2", "trainer.threads=1",
+        "trainer.cpus_per_worker=0.4", "trainer.checkpoint_every=2", "unet.block_out_channels=[16,16]",
+        "unet.norm_num_groups=8",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    told = done.stderr
+    assert (done.returncode, done.stdout) == (1, ""), told
+    assert told.count("Traceback (most recent call last)") == 1
+    assert told.count("in stumble") == 1
+    assert told.index("in stumble") < told.index("-- the run failed")
+    card = told.partition("-- the run failed")[2]
+    for words in (
+        "KeyError: 'no such weight' (code)",
+        "trainer, rank 1",
+        "step 2",
+        "mend the code at",
+        "resume=true",
+    ):
+        assert words in card, told
+    # Nothing of what Ray says about it is left beside the story and the card.
+    before = told.partition("Traceback")[0]
+    assert "no such weight" not in before
+    assert "Error" not in before
+    kept = json.loads((tmp_path / "run/failure.json").read_text())
+    assert (kept["rank"], kept["last_step"], kept["checkpoint"]) == (1, 3, 2)
+    assert "in stumble" in kept["traceback"]
 
 
 def test_work_without_a_run_has_a_card_too():

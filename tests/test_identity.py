@@ -12,7 +12,7 @@ from tiny_jobs import train_config
 from actors.conductor import start_conductor
 from cluster import identity
 from cluster.leftovers import held_groups
-from cluster.observe import actor_table, node_names
+from cluster.observe import Unreachable, actor_table, node_names, observing
 from cluster.placement import Pool, plan
 from cluster.reserve import reserve
 from cluster.roster import actor_rows
@@ -77,6 +77,11 @@ def test_a_store_that_refuses_does_not_end_a_run(tmp_path, monkeypatch):
 def test_what_a_run_starts_carries_its_id(ray_cluster, tmp_path):
     run = identity.begin(RunStore(str(tmp_path)))
     assert run.facts["address"] == ray_cluster.address
+    with observing(run.facts):
+        pass
+    # Another cluster, at the same address, has other jobs of the same numbers.
+    with pytest.raises(Unreachable, match="another cluster"), observing(run.facts | {"session": "/tmp/x"}):
+        pass
     conductor = start_conductor()
     with reserve(plan([Pool("critics", 1, 0.1)])) as places:
         seat = Seat.options(max_restarts=-1, **places.options("critics", 0)).remote()

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 from test_jobs import checkpoint, logged_steps
 from tiny_jobs import CRITICS, distill_config
 from training_parts import CriticsStudent
@@ -56,6 +57,7 @@ def test_what_one_process_began_a_step_ahead_two_workers_end_with_replicas(
     assert RunStore(run).exists("killed-at-13")
 
 
+@pytest.mark.slow
 def test_a_killed_replica_of_a_collective_group_costs_the_steps_since_the_checkpoint(
     ray_cluster, tiny_teacher, tmp_path, monkeypatch
 ):

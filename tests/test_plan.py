@@ -1,6 +1,7 @@
 """The planner's verdicts, remedies, placements and mistakes, on networks that are small or only on paper."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from counterpoint.footprint.sharding import CUDA_CONTEXT
 from jobs.config import parse_config
 from jobs.config_errors import ConfigError
 from jobs.plan import main
+from jobs.plan_networks import network_of
 from jobs.plan_settings import (
     DistillPlan,
     MachinesConfig,
@@ -20,6 +22,7 @@ from jobs.plan_settings import (
     TrainPlan,
     parse_bytes,
     plan_of,
+    with_teacher,
 )
 
 SMALL = {
@@ -97,7 +100,13 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest() -> None:
 
 
 def test_a_trainer_that_does_not_fit_is_told_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["gpus=1", "warmup.steps=0", "adversarial.batch_size=256", "critics.order=student_first"]
+    argv = [
+        "gpus=1",
+        "warmup.batch_size=256",
+        "adversarial.steps=0",
+        "adversarial.heads_alone=0",
+        "pairs.chunk=4",
+    ]
     whole = planned(TextPlan, *argv, unet_shape=SMALL)
     each = whole["roles"]["trainer"]
     limit = CUDA_CONTEXT + (each["device"] - CUDA_CONTEXT) * 2 // 3
@@ -110,7 +119,13 @@ def test_a_trainer_that_does_not_fit_is_told_what_to_change(capsys: pytest.Captu
 
 
 def test_lora_leaves_fewer_weights_to_learn() -> None:
-    argv = ["gpus=1", "warmup.steps=0", "adversarial.batch_size=4"]
+    argv = [
+        "gpus=1",
+        "warmup.batch_size=4",
+        "adversarial.steps=0",
+        "adversarial.heads_alone=0",
+        "pairs.chunk=4",
+    ]
     whole, adapted = (
         planned(TextPlan, *argv, unet_shape=SMALL),
         planned(TextPlan, *argv, "lora.rank=2", unet_shape=SMALL),
@@ -119,16 +134,52 @@ def test_lora_leaves_fewer_weights_to_learn() -> None:
     assert adapted["roles"]["trainer"]["optimizer"] < whole["roles"]["trainer"]["optimizer"] / 10
 
 
-def test_a_teacher_that_nobody_knows_is_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.plan", f"teacher={tmp_path}"],
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [(DistillPlan, "teacher_config="), (TextPlan, "unet_shape, as configs/sdxl/plan")],
+)
+def test_a_teacher_that_nobody_knows_is_refused(
+    model: type[MachinesConfig], remedy: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"^teacher={tmp_path}.*{remedy}"):
+        planned(model, f"teacher={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "maker"), [("digits/distill", "digits/teacher"), ("sdxl/tiny", "sdxl/tiny_encode")]
+)
+def test_what_makes_the_teacher_is_found_beside_the_file(name: str, maker: str) -> None:
+    argv = [f"configs/{name}.yaml", "--gpus", "1"]
+    assert with_teacher(plan_of(argv), argv) == [*argv, f"teacher_config=configs/{maker}.yaml"]
+    elsewhere = [*argv, "teacher=runs/elsewhere"]
+    assert with_teacher(plan_of(argv), elsewhere) == elsewhere
+
+
+def test_the_shape_of_a_text_teacher_is_that_which_its_encoding_builds() -> None:
+    maker = "teacher_config=configs/sdxl/tiny_encode.yaml"
+    config = parse_config(TextPlan, ["configs/sdxl/tiny.yaml", maker])
+    assert network_of(config).shape == (4, 8, 8)
+    named = parse_config(TextPlan, ["teacher=stabilityai/stable-diffusion-xl-base-1.0"])
+    assert network_of(named).shape == (4, 128, 128)
+
+
+def test_a_lone_trainer_on_one_gpu_hosts_its_critics_and_shares_with_others() -> None:
+    argv = ["configs/digits/distill.yaml", TEACHER, "gpus=1", "adversarial.batch_size=16"]
+    apart = planned(DistillPlan, *argv, "warmup.batch_size=16")
+    inside = planned(
+        DistillPlan, *argv, "warmup.batch_size=16", "critics.actors=0", "adversarial.staleness=1"
     )
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: teacher=")
-    assert "teacher_config=" in done.stderr
+    assert apart["placement"] == {"machine-0": {"trainer": 1, "critics": 4, "evaluator": 1}}
+    assert apart["gpus_each"]["trainer"] < 1
+    assert inside["placement"] == {"machine-0": {"trainer": 1, "evaluator": 1}}
+    alone, host, both = apart["roles"]["trainer"], apart["roles"]["critics"], inside["roles"]["trainer"]
+    # All four groups are in the trainer, where a host had one of them.
+    assert both["optimizer"] == alone["optimizer"] + 4 * host["optimizer"]
+    assert both["fixed"] == alone["fixed"] + 4 * host["fixed"]
+    assert both["context"] == alone["context"]
+    # A step that is asked ahead keeps 16 samples, real images and gradients.
+    shape = network_of(parse_config(DistillPlan, argv)).shape
+    assert both["exchange"] == 16 * 3 * 4 * math.prod(shape)
 
 
 def test_the_last_line_is_json() -> None:

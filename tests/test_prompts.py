@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_text import columns, table
 
+from counterpoint.held_out import HeldOutConfig, other_prompts, pose
 from counterpoint.prompts import TABLE, LatentImages, PromptTable, held_out
 
 CPU = torch.device("cpu")
@@ -86,3 +87,12 @@ def test_prompts_are_held_out_for_good() -> None:
     assert [len(part) for part in held_out(2, 0.9, 0)] == [1, 1]
     with pytest.raises(ValueError, match="at least 2"):
         held_out(1, 0.5, 0)
+
+
+def test_another_prompt_is_another_held_out_one() -> None:
+    question = pose(HeldOutConfig(samples=7), torch.tensor([3, 8, 9]), (4, 2, 2))
+    others = other_prompts(question)
+    assert others is not None
+    assert others.noise is question.noise
+    assert others.rows.tolist() == [8, 9, 3, 8, 9, 3, 8]
+    assert other_prompts(pose(HeldOutConfig(samples=4), torch.tensor([3]), (4, 2, 2))) is None

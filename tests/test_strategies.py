@@ -31,7 +31,9 @@ from strategy_parts import (
 from tiny_jobs import distill_config, train_config
 from tiny_policies import policy_config
 
-from actors.training import TrainerConfig
+from actors.trainers import TeacherRecipe
+from actors.training import StopSignal, TrainerConfig, train_here
+from actors.worker import LoopSpec
 from cluster.checkpoints import (
     DamagedCheckpointError,
     checkpoint_group,
@@ -53,6 +55,9 @@ BEFORE = dict(zip(NAMES, NAMES[-1:] + NAMES[:-1], strict=True)) | {NAMES[0]: NAM
 
 
 policies = partial(policy_config, demonstrations=Path("demonstrations"))
+
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all trainings
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +188,27 @@ def test_what_a_strategy_cannot_do_is_refused(settings: dict[str, object], messa
     with pytest.raises(ValueError, match=message):
         TrainerConfig.model_validate(settings)
     assert StrategyConfig().sharded is False
+
+
+def test_a_checkpoint_says_how_it_came_about_and_who_goes_on_from_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    c = train_config(tmp_path, teacher={"steps": 3, "batch_size": 16})
+    recipe = TeacherRecipe(c.data, c.unet, c.noise, c.teacher, c.seed)
+    here = TrainerConfig(workers=0, threads=1)
+    spec = LoopSpec(str(tmp_path), recipe, checkpoint_every=2)
+    assert train_here(spec, here, lambda figures: None, StopSignal(asked=True)).steps == 1
+    checkpoint = latest_checkpoint(RunStore(str(tmp_path)))
+    assert checkpoint is not None
+    assert checkpoint.meta == {"samples": 16, "workers": 1, "strategy": "ddp fp32"}
+    bf16 = here.model_copy(update={"strategy": StrategyConfig(precision="bf16")})
+    with caplog.at_level("INFO"):
+        train_here(spec, bf16, lambda figures: None, StopSignal())
+    told = "resumed from step 1 (16 samples), written by 1 worker under ddp fp32, now 1 worker under ddp bf16"
+    assert told in caplog.messages
+    ended = latest_checkpoint(RunStore(str(tmp_path)))
+    assert ended is not None
+    assert (ended.step, ended.meta["samples"]) == (3, 48)
 
 
 @pytest.mark.parametrize("strategy", [{}, STRATEGIES["zero3"], STRATEGIES["fsdp"] | {"offload": True}])

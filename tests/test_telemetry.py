@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import ray
+from tiny_jobs import distiller, panel_recipe, remote_panel, start_hosts
 
-from actors.telemetry import BY_NAME, METRICS, Telemetry, run_tag, table
+from actors.telemetry import BY_NAME, METRICS, Telemetry, TrainerTelemetry, run_tag, table
+from actors.worker import LoopSpec, run_loop
 from cluster.waiting import get
+from counterpoint.alarms import AlarmsConfig, Watcher
+from counterpoint.place import Place
 from jobs.dashboard import DashboardConfig, dashboard
 
 ROOT = Path(__file__).parent.parent
@@ -86,26 +90,50 @@ class Teller:
         critics.gauge("counterpoint_snapshot_step", None, group=1)
 
 
-def scraped(deadline):
-    """Return what the node exports of the teller, once it is there: by name, with its labels."""
+def scraped(deadline, run, wanted=frozenset()):
+    """Return what the node exports of a run, with labels, once all metrics `wanted` are there."""
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    while time.monotonic() < deadline:
+    while True:
         with urllib.request.urlopen(url, timeout=10) as answer:
-            lines = [line for line in answer.read().decode().splitlines() if 'run="runs/told"' in line]
-        if lines:
+            lines = [line for line in answer.read().decode().splitlines() if f'run="{run}"' in line]
+        missing = wanted - {EXPORTED[line.partition("{")[0]].name for line in lines}
+        if lines and not missing:
             return lines
+        assert time.monotonic() < deadline, f"not exported: {sorted(missing)}"
         time.sleep(0.5)
-    raise AssertionError("nothing exported")
 
 
 def test_a_node_exports_what_an_actor_reports(ray_cluster):
     teller = ray.remote(num_cpus=0)(Teller).remote()
     get(teller.tell.remote(), timeout=60, what="telling")
-    lines = scraped(time.monotonic() + 60)
+    lines = scraped(time.monotonic() + 60, "runs/told")
     values = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
     assert values["ray_counterpoint_judged_total"] == 7
     assert values["ray_counterpoint_snapshot_step"] == 50
     assert values["ray_counterpoint_judge_seconds_count"] == 1
     assert all('role="critics"' in line and 'rank="3"' in line and 'group="1"' in line for line in lines)
     ray.kill(teller)
+
+
+def test_a_distillation_reports_every_metric_of_trainers_and_critics(ray_cluster, tiny_teacher, tmp_path):
+    uri = f"{tmp_path}/runs/measured"
+    recipe = panel_recipe(tiny_teacher, refresh_rate=0.5)
+    hosts = start_hosts(recipe, [tuple(range(len(recipe.critics.noise_levels)))], Path(uri))
+    panel = remote_panel(recipe, hosts)
+    # Alarms about anything: what is measured is never within an empty range.
+    alarms = AlarmsConfig(window=1, std_ratio=(0.0, 1e-6))
+    spec = LoopSpec(
+        uri, lambda *_: distiller(recipe, panel, steps=2), watch=lambda: Watcher(alarms), checkpoint_every=1
+    )
+    result = run_loop(spec, Place())
+    assert result.alarms
+    # No host died in these two steps: one that is said to have is counted like one that did.
+    panel.recoveries += 1
+    TrainerTelemetry(uri).asked(panel)
+    wanted = {metric.name for metric in METRICS if metric.role in ("trainer", "critics")}
+    seen = {line.partition("{")[0]: line for line in scraped(time.monotonic() + 60, "runs/measured", wanted)}
+    assert float(seen["ray_counterpoint_step"].rpartition(" ")[2]) == 2
+    assert float(seen["ray_counterpoint_samples_total"].rpartition(" ")[2]) == 32
+    for host in hosts:
+        ray.kill(host.actor)

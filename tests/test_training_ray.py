@@ -165,7 +165,11 @@ def test_what_two_workers_of_zero_3_began_one_of_ddp_ends(ray_cluster, tmp_path)
     zero = StrategyConfig(name="deepspeed", zero_stage=3)
     stopped = train_on_ray(spec, TWO.model_copy(update={"strategy": zero}), watch, wish)
     assert (stopped.finished, stopped.started_at) == (False, 0)
-    assert len(latest_checkpoint(RunStore(run)).files["optimizer"]) == 2
+    begun = latest_checkpoint(RunStore(run))
+    assert len(begun.files["optimizer"]) == 2
+    assert begun.meta == {
+        "samples": 16 * stopped.steps, "workers": 2, "strategy": "deepspeed zero_stage=3 fp32",
+    }  # fmt: skip
     one = TrainerConfig(workers=1, threads=1, checkpoint_every=5)
     ended = train_on_ray(spec, one, lambda figures: None, StopSignal())
     assert (ended.finished, ended.started_at, ended.steps) == (True, stopped.steps, STEPS)

@@ -83,11 +83,11 @@ def test_a_run_is_seen_from_elsewhere_until_it_is_killed_and_reaped(stuck_run, c
     with pytest.raises(ValueError, match="may be alive"):
         reap.main(reap.ReapConfig(run=store.uri, yes=True))
     root = facts["private_root"]
-    ours = [one.pid for one in session_processes(root)]
+    ours = {one.pid: (identity.started(one.pid), one.cmdline()[:2]) for one in session_processes(root)}
     assert rows["trainer-0"]["pid"] in ours
     process.send_signal(signal.SIGKILL)
     process.wait()
-    store.fs.touch(store.path("grids/.x.png.tmp-12"))
+    store.fs.touch(store.path(".results.json.tmp-12"))
     assert status.main(status.StatusConfig(run=store.uri))["state"] == "crashed"
 
     listed = reap.main(reap.ReapConfig(run=store.uri))
@@ -99,7 +99,7 @@ def test_a_run_is_seen_from_elsewhere_until_it_is_killed_and_reaped(stuck_run, c
     assert {line.partition(":")[0] for line in done["found"]} >= {"private Ray cluster", "half-written file"}
     assert not Path(root).exists()
     assert session_processes(root) == []
-    assert not any(identity.started(pid) for pid in ours)
+    assert [told for pid, told in ours.items() if identity.started(pid) == told[0]] == []
     assert newest_checkpoint(store, verify=True).step == 2
     assert reap.main(reap.ReapConfig(run=store.uri))["found"] == []
     assert "are gone" in logs.main(logs.LogsConfig(run=store.uri))["from"]
@@ -138,6 +138,30 @@ def test_only_a_session_of_ray_is_ever_deleted(tmp_path):
     root = tmp_path / "ray-x"
     (root / "session_1").mkdir(parents=True)
     assert is_session_root(str(root))
+
+
+def test_only_processes_of_the_very_cluster_are_found(tmp_path):
+    root = tmp_path / "ray-x"
+    folder = root / "session_1/logs"
+    folder.mkdir(parents=True)
+    (tmp_path / "ray-xy").mkdir()
+    wait = "import time; time.sleep(100)"
+    with (folder / "raylet.out").open("w") as log, (tmp_path / "ray-xy/err").open("w") as near:
+        processes = [
+            subprocess.Popen([sys.executable, "-c", wait], stderr=log),
+            subprocess.Popen([sys.executable, "-c", wait], stderr=near),
+            subprocess.Popen(["tail", "-f", str(folder / "raylet.out")], stdout=subprocess.DEVNULL),
+            subprocess.Popen([sys.executable, "-c", wait, f"--session-dir={root}/session_1", "gcs_server"]),
+        ]
+    try:
+        begun = identity.started(processes[0].pid)
+        assert [one.pid for one in session_processes(str(root), begun)] == [processes[0].pid]
+        # What is older than the driver was not started by it, whatever it writes to.
+        assert session_processes(str(root), begun + 60.0) == []
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_what_a_thread_does_is_told_by_its_innermost_frame_of_ours():

@@ -66,8 +66,8 @@ def start_hosts(
     for replica in range(replicas):
         for index, groups in enumerate(shares):
             settings = HostSettings(
-                f"critics-{index}-{replica}", groups, str(folder / str(replica)), 7, 30.0, replica, replicas,
-                transport,
+                f"critics-{index}-{replica}", groups, str(folder / str(replica)), 7, 120.0, replica, replicas,
+                transport, str(folder),
             )  # fmt: skip
             made = critic_actor(len(groups), ranks // replicas, replicas, transport=transport)
             actor = made.options(num_cpus=0.1).remote(recipe, settings)
@@ -77,9 +77,11 @@ def start_hosts(
     return hosts
 
 
-def remote_panel(recipe: PanelRecipe, hosts: list[HostHandle], rank: int = 0, ranks: int = 1) -> RemotePanel:
+def remote_panel(
+    recipe: PanelRecipe, hosts: list[HostHandle], rank: int = 0, ranks: int = 1, patience: float = 120.0
+) -> RemotePanel:
     """The panel over running hosts."""
-    return RemotePanel(build_pieces(recipe, torch.device("cpu"))[0], hosts, rank, ranks, patience=60.0)
+    return RemotePanel(build_pieces(recipe, torch.device("cpu"))[0], hosts, rank, ranks, patience)
 
 
 def local_panel(recipe: PanelRecipe) -> Panel:

@@ -81,8 +81,7 @@ def trace_learner(
     checkpointing: a sharding one in bf16 computes with bf16 weights, ddp under autocast.
     """
     ledger.kept = 1.0 / ranks
-    with _staying(module):
-        learner = build_learner(module, optimizer, 1, Place(strategy=_whole(strategy)))
+    learner = build_learner(module, optimizer, 1, Place(strategy=_whole(strategy)))
     network = learner.network
     largest, root = gathered(module)
     weights = [p for p in module.parameters() if p.requires_grad]
@@ -165,16 +164,6 @@ def _setting_aside(ledger: Ledger, weights: list[nn.Parameter]) -> Iterator[None
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def _staying(module: nn.Module) -> Iterator[None]:
-    """Keep a module where it is: torch cannot move one on paper, not even to where it is already."""
-    vars(module)["to"] = lambda *_, **__: module
-    try:
-        yield
-    finally:
-        del vars(module)["to"]
 
 
 def _in_bf16(module: nn.Module, autocast: bool) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -89,10 +89,20 @@ def on_paper() -> Iterator[Ledger]:
     """Make every tensor inside one without data, and count them.
 
     Modules must be built inside too. What code reads from tensors is made up: a floating point number is 1,
-    an integer 0, a truth value true, and a mask of rows takes them all.
+    an integer 0, a truth value true, and a mask of rows takes them all. `Module.to` leaves a module as it is:
+    torch cannot move a tensor without data, not even to where it is already.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
-        yield ledger
+    move = nn.Module.to
+    nn.Module.to = _stay  # type: ignore[method-assign,assignment]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+            yield ledger
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
+
+
+def _stay(module: nn.Module, *args: Any, **options: Any) -> nn.Module:
+    return module
 
 
 def _number(dtype: torch.dtype) -> float | int | bool:

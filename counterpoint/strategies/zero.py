@@ -7,10 +7,11 @@ second engine ever takes part in the same graph. DeepSpeed is a compiled depende
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from counterpoint.strategies.learner import MOMENTS, Learner, Shard
@@ -30,6 +31,9 @@ class ZeroLearner(Learner):
         self.stage = self.place.strategy.zero_stage
         self.dtypes = {name: tensor.dtype for name, tensor in self.module.state_dict().items()}
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.answer: type | None = None
+        # Before DeepSpeed's own hook, which looks for what to gather weights for in tuples, lists and dicts.
+        self.opening = self.module.register_forward_hook(self._opened)
         engine, _, _, _ = deepspeed.initialize(
             model=self.module, optimizer=adamw(self.parameters, self), config=self._settings(),
             dist_init_required=False,
@@ -64,7 +68,15 @@ class ZeroLearner(Learner):
     def _forward(self, *args: Any, **options: Any) -> Any:
         if self.place.strategy.precision == "bf16":
             args, options = pytree.tree_map(_as_bf16, (args, options))
-        return self.engine(*args, **options)
+        found = self.engine(*args, **options)
+        return found if self.answer is None else self.answer(*found)
+
+    def _opened(self, _module: nn.Module, _args: Any, answer: Any) -> Any:
+        """Turn an answer that is a dataclass into a tuple, of which `_forward` makes the dataclass again."""
+        if not is_dataclass(answer) or isinstance(answer, dict):
+            return None
+        self.answer = type(answer)
+        return tuple(getattr(answer, field.name) for field in fields(answer))
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Return a context whose micro-batch ends a step if it is the last."""
@@ -191,6 +203,7 @@ class ZeroLearner(Learner):
     def end(self) -> None:
         """Remove the engine's hooks and let its buffers go."""
         self.engine.destroy()
+        self.opening.remove()
 
 
 def _as_bf16(value: Any) -> Any:

@@ -1,0 +1,74 @@
+"""Every YAML file in `configs` is one that its verb takes: no field is misspelt, no value refused."""
+
+from pathlib import Path
+
+import pytest
+
+from counterpoint.section import Section
+from jobs.ablate import AblateConfig
+from jobs.bench_sampler import SamplerBenchConfig
+from jobs.bench_scale import ScaleBenchConfig
+from jobs.bench_sdxl import SdxlBenchConfig
+from jobs.bench_serve import ServeBenchConfig
+from jobs.chaos import ChaosConfig
+from jobs.chaos_serve import ServeChaosConfig
+from jobs.collect import CollectConfig
+from jobs.config import load_config
+from jobs.demo import DemoConfig
+from jobs.encode import EncodeConfig
+from jobs.plan_settings import plan_of
+from jobs.rollout import RolloutConfig
+from jobs.serve import ServeConfig
+from jobs.settings import DistillConfig, TrainConfig
+from jobs.text_settings import DistillTextConfig
+from jobs.train_policy import PolicyTrainConfig
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
+MODELS: dict[str, type[Section]] = {
+    "bench/scale": ScaleBenchConfig, "bench/sdxl": SdxlBenchConfig,
+    "digits/ablation": AblateConfig, "digits/chaos": ChaosConfig, "digits/chaos_demo": DemoConfig,
+    "digits/demo": DemoConfig, "digits/distill": DistillConfig, "digits/teacher": TrainConfig,
+    "digits/warmup": DistillConfig,
+    "sdxl/distill": DistillTextConfig, "sdxl/tiny": DistillTextConfig, "sdxl/tiny_encode": EncodeConfig,
+    "serve/bench": ServeBenchConfig, "serve/chaos": ServeChaosConfig, "serve/digits": ServeConfig,
+    "serve/vla": ServeConfig,
+    "textures/ablation": AblateConfig, "textures/distill": DistillConfig, "textures/teacher": TrainConfig,
+    "textures/warmup": DistillConfig,
+    "vla/bench_gpu": SamplerBenchConfig, "vla/compare": RolloutConfig, "vla/demos": CollectConfig,
+    "vla/joint": PolicyTrainConfig, "vla/policy": PolicyTrainConfig, "vla/rollout": RolloutConfig,
+    "vla/sweep": RolloutConfig,
+}  # fmt: skip
+"""The verb's model of each file; jobs.plan chooses its own."""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_configuration_file_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    file = f"configs/{name}"
+    model = MODELS.get(name.removesuffix(".yaml"))
+    if name.endswith("plan.yaml"):
+        model = plan_of([file])
+    assert model is not None, f"{name} is in no verb's hands: name its model here"
+    load_config(model, [file])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["lora.rank=64"],
+        ["trainer.strategy.zero_stage=3", "trainer.strategy.offload=true"],
+        ["trainer.workers=1", "trainer.accumulate=20", "critics.actors=0", "critics.wire_dtype=float32"],
+    ],
+    ids=["adapters", "sharded", "one GPU"],
+)
+def test_what_the_full_size_configuration_says_of_itself(
+    changes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(DistillTextConfig, ["configs/sdxl/distill.yaml", *changes])
+    micro = config.adversarial.batch_size / (config.trainer.workers * config.trainer.accumulate)
+    assert micro == 5
+    # Four levels, three kinds and SDXL's ten maps.
+    heads = len(config.critics.noise_levels) * len(config.critics.kinds) * 10 * config.critics.heads_per_slot
+    assert (config.critics.order, heads) == ("student_first", 480)
