@@ -12,6 +12,7 @@ from cluster.kinds import WORST_FIRST, Failure, Kind, classify, peeled
 from cluster.roster import split_label
 
 REMOTE = re.compile(r"ray::(?P<what>[\w.]+)\(\) \(pid=(?P<pid>\d+), ip=(?P<ip>[\w.:]+)")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ERROR_LINE = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception|Failure|Interrupt|Exit)\b")
 
 
@@ -110,7 +111,7 @@ def _story_of(error: BaseException) -> str:
             # What `ray.get` raises has kept the traceback as its text only, without Ray's own frames.
             told = str(carrier)
         if isinstance(told, str) and told.strip():
-            return told.rstrip()
+            return COLOUR.sub("", told).rstrip()
     return ""
 
 

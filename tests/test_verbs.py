@@ -44,7 +44,7 @@ def stuck_run():
             )  # fmt: skip
         try:
             store = RunStore(run)
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + 400
             while not (store.exists("placement.json") and newest_checkpoint(store).step == 2):
                 assert process.poll() is None, told.read_text()
                 assert time.monotonic() < deadline, told.read_text()

@@ -87,7 +87,12 @@ def trace_learner(
     weights = [p for p in module.parameters() if p.requires_grad]
     for p in weights:
         p.grad = torch.zeros_like(p)
+    before = ledger.mark()
     learner.step(0)
+    # The first update makes the moments, and then works beside them as any later one does.
+    made = [t for kept in learner.optimizer.state.values() for t in kept.values() if isinstance(t, Tensor)]
+    moments = sum(map(_size, made))
+    update = max(0, ledger.peak - before - moments)
     held = [*module.parameters(), *module.buffers()]
     parameters = sum(map(_size, weights))
     fixed = sum(map(_size, held)) - parameters
@@ -104,18 +109,13 @@ def trace_learner(
             learner.backward(loss)
             del loss
         step, beside = ledger.peak - states, ledger.peak_beside - states
-        before = ledger.mark()
-        ledger.aside = 0
-        learner.step(0)
-        update = ledger.peak - before
-    moments = [t for kept in learner.optimizer.state.values() for t in kept.values() if isinstance(t, Tensor)]
     return LearnerTrace(
         trained=sum(p.numel() for p in weights),
         largest=largest,
         root=root,
         parameters=parameters,
         fixed=fixed,
-        optimizer=sum(map(_size, moments)),
+        optimizer=moments,
         average=sum(map(_size, learner.average.shadow_params)),
         activations=activations,
         beside=beside,
