@@ -75,7 +75,7 @@ def _cause(
         names = names | {error.original.rpartition(".")[2]}
         return FirstCause(
             error.kind, error.original, error.message, role, index, error.node, None, error.step,
-            error.details or story, notes, others, names,
+            (error.details or story).rstrip(), notes, others, names,
         )  # fmt: skip
     place: dict[str, Any] = getattr(error, "place", None) or {}
     story = place.get("story") or story or _local_story(error)

@@ -31,6 +31,13 @@ os.environ.update(
 )
 
 NAMESPACE = "test"
+LONGEST = (
+    "test_training_ray", "test_strategies", "test_submit", "test_nodes", "test_verbs", "test_text_path",
+    "test_panel_actors", "test_panel_run", "test_scale", "test_serve_path", "test_panel_replicas",
+    "test_mistakes", "test_doctor", "test_footprint", "test_plan", "test_jobs", "test_vla_path",
+    "test_failure_card", "test_timeline", "test_rollout", "test_notebook", "test_hosted_group",
+)  # fmt: skip
+"""Modules that take more than some ten seconds, longest first."""
 FAKE_NODES = ({"num_cpus": 2, "num_gpus": 2}, {"num_cpus": 2, "num_gpus": 1})
 
 
@@ -52,12 +59,12 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests without a GPU; run modules of the fake cluster last, as it takes the connection over."""
+    """Skip GPU tests without a GPU; begin with the longest modules, so that parallel workers end together."""
     for item in items:
         if item.get_closest_marker("gpu") and not _has_cuda():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    late = {item.path for item in items if "fake_cluster" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item.path in late)
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True)

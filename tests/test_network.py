@@ -14,12 +14,11 @@ from test_training_ray import largest_difference, logged_steps
 from jobs import distill
 from jobs.config import dump_config
 
-pytestmark = pytest.mark.skipif(bool(reason := why_not()), reason=reason)
-LOSSES = ["kill", pytest.param("unplug", marks=pytest.mark.slow)]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason := why_not()), reason=reason)]
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["kill", "unplug"])
 def test_a_machine_lost_mid_run_changes_no_weight(loss, ray_cluster, tiny_teacher, tmp_path):
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     distill.main(alike(undisturbed, tiny_teacher))
