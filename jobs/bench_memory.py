@@ -40,7 +40,6 @@ class MemoryBenchConfig(Section):
             "trainer_accumulating": MemoryCase(samples=8, accumulate=2),
             "trainers_ddp": MemoryCase(samples=4, ranks=2),
             "trainers_fsdp": MemoryCase(samples=4, ranks=2, strategy=StrategyConfig(name="fsdp")),
-            "trainers_zero_2": MemoryCase(samples=4, ranks=2, strategy=StrategyConfig(name="deepspeed")),
             "critics": MemoryCase(role="critics"),
             "critics_large_batch": MemoryCase(role="critics", samples=48),
         }

@@ -5,6 +5,7 @@
 Run as a program it does the work for real and prints what it held at most, as one line of JSON.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -91,6 +92,8 @@ def work(case: MemoryCase, rank: int, rendezvous: str) -> dict[str, int]:
     torch.set_num_threads(1)
     if case.ranks > 1:
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=case.ranks)
+    if case.strategy.name == "deepspeed":
+        _load_deepspeed(case, rank)
     _warm_up()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
@@ -135,6 +138,14 @@ def _judge(case: MemoryCase) -> None:
 
 def _unet(case: MemoryCase) -> nn.Module:
     return build_unet(case.unet, case.channels, case.side, CLASSES, 0)
+
+
+def _load_deepspeed(case: MemoryCase, rank: int) -> None:
+    """Say what DeepSpeed reads from a launcher's environment, and load it before anything is measured."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, dist_init_required=False)
 
 
 def _warm_up() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from counterpoint.footprint.sharding import CUDA_CONTEXT, Holding
 from jobs.config import run_job
 from jobs.config_errors import ConfigError
-from jobs.plan_cast import CastPlan, Sizes, plan_cast, sizes_of
+from jobs.plan_cast import CastPlan, Role, Sizes, plan_cast, sizes_of
 from jobs.plan_networks import network_of
 from jobs.plan_placement import TRAINER, Placement, place
 from jobs.plan_remedies import Remedy, trainer_remedies
@@ -79,12 +79,15 @@ def words(
         f"{batch // (sizes.workers * sizes.accumulate)} samples"
         for field, batch in sizes.batches.items()
     ]
+    small = [r.name for r in cast.roles if config.gpus and r.holding.device > limit]
     for role in cast.roles if config.gpus else ():
-        verdict = "FITS" if role.holding.device <= limit else "DOES NOT FIT"
+        verdict = "DOES NOT FIT" if role.name in small else "FITS"
         lines.append(
             f"{role.name}: {verdict}, {role.holding.device / GIB:.1f} of {limit / GIB:.1f} GiB of a GPU"
-            + ("" if verdict == "FITS" else f": {_advice(role.name, remedies, limit)}")
+            + ("" if verdict == "FITS" else f": {_advice(role, remedies, limit, sizes)}")
         )
+    if small:
+        lines.append(f"were there memory for {' and '.join(small)}:")
     lines.append(str(placement.explanation))
     for node, held in placement.nodes.items():
         lines.append(f"{node}: " + (", ".join(f"{n} {name}" for name, n in held.items()) or "nothing"))
@@ -103,17 +106,28 @@ def words(
     return lines
 
 
-def _advice(role: str, remedies: list[Remedy], limit: int) -> str:
-    if role == TRAINER:
+def _advice(role: Role, remedies: list[Remedy], limit: int, sizes: Sizes) -> str:
+    if role.name == TRAINER:
         steps = [f"{r.setting} ({r.device / GIB:.1f} GiB)" for r in remedies]
         enough = remedies and remedies[-1].device <= limit
         return "set " + ", then ".join(steps) + ("" if enough else ", and it still does not fit: add workers")
-    if role == "critics":
-        return (
+    if role.name == "critics":
+        return _fewer_samples(role.holding, limit, sizes) + (
             "raise critics.actors so that each hosts fewer groups, raise critics.levels_per_step or "
             "critics.replicas so that each judges fewer samples, or lower critics.heads_per_slot"
         )
-    return "lower evaluation.batch_size" if role == "evaluator" else "lower pairs.chunk"
+    return "lower evaluation.batch_size" if role.name == "evaluator" else "lower pairs.chunk"
+
+
+def _fewer_samples(critics: Holding, limit: int, sizes: Sizes) -> str:
+    """The number of micro-batches with which critics fit, as their activations go with the samples."""
+    rest = critics.device - critics.activations
+    per_worker = sizes.batches.get("adversarial.batch_size", 0) // sizes.workers
+    for accumulate in range(sizes.accumulate + 1, per_worker + 1):
+        need = rest + critics.activations * sizes.accumulate // accumulate
+        if per_worker % accumulate == 0 and need <= limit:
+            return f"set trainer.accumulate={accumulate} (about {need / GIB:.1f} GiB), or "
+    return ""
 
 
 def _row(name: str, count: int, h: Holding) -> dict[str, Any]:

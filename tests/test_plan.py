@@ -109,7 +109,7 @@ def test_a_trainer_that_does_not_fit_is_told_what_to_change(capsys: pytest.Captu
     ]
     whole = planned(TextPlan, *argv, unet_shape=SMALL)
     each = whole["roles"]["trainer"]
-    limit = CUDA_CONTEXT + (each["device"] - CUDA_CONTEXT) * 2 // 3
+    limit = CUDA_CONTEXT + (each["device"] - CUDA_CONTEXT) * 5 // 6
     result = planned(TextPlan, *argv, f"gpu_memory={limit}B", unet_shape=SMALL)
     assert "trainer" in result["does_not_fit"]
     first, *_ = result["remedies"]

@@ -90,16 +90,12 @@ def trace_group(
     rows = sum(bank.rows.numel() for bank in group.banks)
     parameters = sum(bank.rows.numel() * bank.rows.element_size() for bank in group.banks)
     states = ledger.mark() - begun
-    most = 0
-    for micro in range(min(micros, 2)):
-        before = ledger.mark()
-        made = [torch.zeros(samples, channels, side, side) for _ in range(2)]
-        labels = torch.zeros(samples, dtype=torch.long)
-        judge = config.order == "student_first" or micros == 1
-        verdict = group.judge(Samples(0, made[0], made[1], labels, judge, micro, min(micros, 2)))
-        most = max(most, ledger.peak - before)
-        del made, labels, verdict
+    fake, real = (torch.zeros(samples, channels, side, side) for _ in range(2))
+    labels = torch.zeros(samples, dtype=torch.long)
+    group.judge(Samples(0, fake, real, labels, config.order == "student_first" or micros == 1))
     judged = _judging(pool, config)
+    # A later micro-batch's gradients are made beside the sum of those before.
+    most = ledger.peak - begun - states + (4 * judged if micros > 1 else 0)
     return GroupTrace(
         heads=pool.heads_per_group,
         levels=pool.levels,
