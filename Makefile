@@ -9,18 +9,23 @@ INSTALLED := $(VENV)/.counterpoint-installed
 
 # Another place to take torch from, such as https://download.pytorch.org/whl/cpu (far smaller without a GPU).
 TORCH_INDEX ?=
+# Three modules of tests at a time: much of a test's time is waiting for processes to start.
+PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 # More arguments of the job, such as `make demo ARGS="seed=1"`.
 ARGS ?=
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-all lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	@$(RUN) -m jobs.demo configs/digits/demo.yaml $(ARGS)
 
-# Three at a time, a module each: half of a test's time is waiting for processes to start.
 test: lint
-	@$(RUN) -m pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	@$(RUN) -m pytest -m "not slow" $(PARALLEL)
+
+# The ones that take minutes too: network namespaces, kills in long runs.
+test-all: lint
+	@$(RUN) -m pytest $(PARALLEL)
 
 lint: $(INSTALLED)
 	@$(RUN) -m ruff check .

@@ -43,4 +43,6 @@ def test_every_training_job_checks_its_batches(tmp_path):
     with pytest.raises(ValueError, match=r"training\.batch_size=64 .* use 63 or 66"):
         PolicyTrainConfig(trainer=TrainerConfig(workers=3))
     with pytest.raises(ValueError, match=r"training\.perception\.batch_size"):
-        PolicyTrainConfig.model_validate({"training": {"batch_size": 66}, "trainer": three})
+        PolicyTrainConfig.model_validate(
+            {"training": {"batch_size": 66, "perception": {"batch_size": 50}}, "trainer": three}
+        )

@@ -6,6 +6,7 @@ import pytest
 
 from counterpoint.section import Section
 from jobs.ablate import AblateConfig
+from jobs.bench_memory import MemoryBenchConfig
 from jobs.bench_sampler import SamplerBenchConfig
 from jobs.bench_scale import ScaleBenchConfig
 from jobs.bench_sdxl import SdxlBenchConfig
@@ -26,7 +27,7 @@ from jobs.train_policy import PolicyTrainConfig
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
 MODELS: dict[str, type[Section]] = {
-    "bench/scale": ScaleBenchConfig, "bench/sdxl": SdxlBenchConfig,
+    "bench/memory": MemoryBenchConfig, "bench/scale": ScaleBenchConfig, "bench/sdxl": SdxlBenchConfig,
     "digits/ablation": AblateConfig, "digits/chaos": ChaosConfig, "digits/chaos_demo": DemoConfig,
     "digits/demo": DemoConfig, "digits/distill": DistillConfig, "digits/teacher": TrainConfig,
     "digits/warmup": DistillConfig,

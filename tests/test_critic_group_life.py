@@ -147,7 +147,7 @@ def test_a_head_renewed_within_a_step_forgets_what_it_learned_in_it() -> None:
             if forget and number == 1:
                 lesson.forget(seats[0].bank, seats[0].rows[1])
             lesson.add("hinge", *parts[number])
-        return lesson._gradients
+        return lesson.gradients
 
     both, late, mixed = gradients(0, 1), gradients(1), gradients(0, 1, forget=True)
     torch.testing.assert_close(mixed[0][1], late[0][1])

@@ -71,6 +71,7 @@ def test_a_lost_node_with_critics_and_a_trainer_changes_no_weight(
     assert placed() == 0
 
 
+@pytest.mark.slow
 def test_a_run_whose_room_is_lost_for_good_ends_and_says_so(
     fake_cluster, tiny_teacher, tmp_path, monkeypatch
 ):

@@ -151,11 +151,12 @@ def test_a_rank_whose_peers_never_ask_gives_up(hosts, alone):
     anew(alone[0], hosts, 2)
     panel = remote_panel(alone[0], hosts, 0, 2, patience=2.0)
     images, labels = torch.zeros(8, 1, 8, 8), torch.arange(8)
-    with pytest.raises(Failure, match="verdict of critics-0-0: 0 of 1 finished within 2 s"):
+    with pytest.raises(Failure, match=r"verdict of critics-0-0: 0 of 1 finished within \d s"):
         panel.ask(Samples(0, images, images, labels), torch.arange(8) % 4).result()
     assert panel.recoveries == 0
 
 
+@pytest.mark.slow
 def test_a_collective_group_gives_the_same_heads_and_is_begun_anew_after_a_loss(
     ray_cluster, tiny_teacher, tmp_path
 ):

@@ -86,6 +86,7 @@ def shared(run, teacher):
     )  # fmt: skip
 
 
+@pytest.mark.slow  # test_nodes loses a trainer, and critics with it, in every run of the tests
 def test_a_killed_trainer_goes_on_with_the_panel_of_its_checkpoint(
     ray_cluster, tiny_teacher, tiny_run, tmp_path, monkeypatch
 ):
