@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import pytest
 from node_parts import HOST, TRAINER, WaitingStudent, actors_by_node, until
 from test_training_ray import largest_difference, logged_steps, placed
 from tiny_jobs import CRITICS, distill_config
