@@ -14,12 +14,14 @@ import torch
 from actors.critics import HostSettings, critic_actor
 from actors.evaluation import EvaluationRecipe, Evaluator
 from actors.panel import HostHandle, introduce
-from actors.recipe import PanelRecipe, build_local_panel
+from actors.recipe import PanelRecipe, build_layout
 from actors.training import TrainerConfig
 from cluster.connect import thread_env
 from cluster.placement import Pool, Strategy, plan
 from cluster.reserve import Reservation, reserve
 from cluster.waiting import get, ready
+from counterpoint.critics.bank import build_banks, digest
+from counterpoint.critics.panel import group_name
 from jobs.settings import EvaluatorsConfig, HostedCriticsConfig
 
 logger = logging.getLogger(__name__)
@@ -176,7 +178,9 @@ def check_digests(hosts: tuple[HostHandle, ...], panel: PanelRecipe) -> dict[str
         {h.name: h.actor.digests.remote() for h in hosts}, timeout=START_TIMEOUT, what="digests of heads"
     )
     found = {name: digest for answer in answers.values() for name, digest in answer.items()}
-    expected = build_local_panel(panel, torch.device("cpu")).digests()
+    # Heads alone: the frozen encoder of a large teacher has no place in the driver.
+    pool, cpu = build_layout(panel), torch.device("cpu")
+    expected = {group_name(i): digest(build_banks(pool, i, cpu)) for i in range(len(pool.timesteps))}
     # By answer: replicas answer under one name.
     wrong = sorted({name for answer in answers.values() for name in answer if answer[name] != expected[name]})
     if wrong:

@@ -1,7 +1,8 @@
 """The weights, optimizer state and life history of all heads of one architecture in one critic group."""
 
+import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -94,6 +95,15 @@ def build_banks(pool: Pool, group: int, device: torch.device) -> list[HeadBank]:
         rows = [pool.initial_head(pool.head_id(group, slot, spare), 0) for slot, spare in seats]
         banks.append(HeadBank(shape, slots, torch.stack(rows).to(device), pool.config))
     return banks
+
+
+def digest(banks: Iterable[HeadBank]) -> str:
+    """Return a short fingerprint of all heads' weights and generations, equal wherever they are equal."""
+    sha = hashlib.sha256()
+    for bank in banks:
+        sha.update(bank.rows.cpu().numpy().tobytes())
+        sha.update(bank.generations.numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 _STATE = ("rows", "exp_avg", "exp_avg_sq", "optimizer_steps", "updates", "generations", "born")

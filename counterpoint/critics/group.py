@@ -4,13 +4,12 @@ One message in (`Samples`), one verdict out (`Verdict`): samples and gradients c
 class knows nothing of where it runs; an actor around it adds only transport and recovery.
 """
 
-import hashlib
 import itertools
 
 import torch
 from torch import Tensor
 
-from counterpoint.critics.bank import HeadBank, build_banks
+from counterpoint.critics.bank import HeadBank, build_banks, digest
 from counterpoint.critics.encoder import Encoder
 from counterpoint.critics.lesson import Lesson
 from counterpoint.critics.messages import Samples, Verdict
@@ -109,11 +108,7 @@ class CriticGroup:
 
     def digest(self) -> str:
         """Return a short fingerprint of all heads' weights and generations, equal wherever they are equal."""
-        sha = hashlib.sha256()
-        for bank in self.banks:
-            sha.update(bank.rows.cpu().numpy().tobytes())
-            sha.update(bank.generations.numpy().tobytes())
-        return sha.hexdigest()[:16]
+        return digest(self.banks)
 
     def ages(self) -> Tensor:
         """Return the age of every head in ticks, int64 [heads], by bank and row."""
