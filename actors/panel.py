@@ -23,7 +23,7 @@ from actors.wire import (
     unpack_verdict,
 )
 from cluster.failures import Failure, classify, failure, retrying
-from cluster.waiting import get, unwrapped
+from cluster.waiting import WaitTimeout, get, unwrapped
 from counterpoint.critics.group import Samples
 from counterpoint.critics.panel import PanelVerdict, group_name, merge, route
 from counterpoint.critics.pool import Pool
@@ -252,7 +252,8 @@ class RemotePanel:
             behind = isinstance(cause, Failure) and cause.original.endswith(Behind.__name__)
             gone = classify(error) == "infrastructure" and not isinstance(cause, Failure)
             gone = gone and self.hosts[group].transport not in COLLECTIVE
-            late = time.monotonic() > deadline
+            # A wait is given what is left until the deadline, and may be told a moment early that it is over.
+            late = time.monotonic() > deadline or isinstance(cause, WaitTimeout)
             if late or not (behind or gone) or not line.sent:
                 raise failure(error, self.hosts[group].name, key[0] if line.last else None) from error
             try:
