@@ -31,6 +31,8 @@ class PanelRecipe:
     seed: int
     prompts: PromptsRecipe | None = None
     """What a text-to-image teacher is prompted with; None for a class-conditional one."""
+    total_steps: int = 0
+    """Panel steps of the whole training, in which numbers of `critics` may change; 0 where nobody knows."""
 
 
 def load_unet(uri: str) -> UNet2DModel:
@@ -73,7 +75,7 @@ def _pool(recipe: PanelRecipe, encoder: Encoder) -> Pool:
     side = int(encoder.sample_size)
     whole, patches = encoder.map_shapes(side), encoder.map_shapes(patch_side(recipe.critics, side))
     abar = build_noise_scheduler(recipe.noise).alphas_cumprod
-    return build_pool(recipe.critics, whole, patches, side, abar, recipe.seed)
+    return build_pool(recipe.critics, whole, patches, side, abar, recipe.seed, recipe.total_steps)
 
 
 def build_groups(recipe: PanelRecipe, indices: Sequence[int], device: torch.device) -> list[CriticGroup]:

@@ -1,7 +1,7 @@
 """Distilling a teacher into a one- to four-step student: warm-up, heads alone, then against the panel."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -19,6 +19,7 @@ from counterpoint.figures import describe_verdict, tally
 from counterpoint.optimization import OptimizerConfig, rank_slices
 from counterpoint.pairs import Pairs
 from counterpoint.place import ALONE, Place
+from counterpoint.schedules import Scheduled, bounds, extremes, is_constant, progress_at, value_at
 from counterpoint.section import Section
 from counterpoint.seeds import seed_of
 from counterpoint.strategies.build import build_learner
@@ -49,10 +50,12 @@ class AdversarialConfig(Section):
     """Steps before that in which only the heads learn."""
     batch_size: int = Field(default=64, ge=1)
     """Samples per optimizer step."""
-    adversarial_weight: float = Field(default=0.05, ge=0.0)
-    """Weight of the panel's loss; 0 continues the warm-up without a panel, at equal budget."""
-    regression_weight: float = Field(default=1.0, ge=0.0)
-    """Weight of the regression on the teacher's pairs, kept beside the panel; the paper has 0."""
+    adversarial_weight: Annotated[Scheduled, bounds(ge=0.0)] = 0.05
+    """Weight of the panel's loss; 0 continues the warm-up without a panel, at equal budget. May change over
+    training, from the first step of the heads on."""
+    regression_weight: Annotated[Scheduled, bounds(ge=0.0)] = 1.0
+    """Weight of the regression on the teacher's pairs, kept beside the panel; the paper has 0. May change
+    over training, from the first step of the heads on."""
     staleness: Literal[0, 1] = 0
     """Steps by which a verdict may be older than the weights it moves. With 1 critics judge the next batch
     while the student learns from this one, at the price of one more forward pass; 0 is exact and waits."""
@@ -66,7 +69,12 @@ class AdversarialConfig(Section):
     @property
     def uses_panel(self) -> bool:
         """Whether any step asks the critics."""
-        return self.adversarial_weight > 0 and self.steps + self.heads_alone > 0
+        return extremes(self.adversarial_weight)[1] > 0 and self.steps + self.heads_alone > 0
+
+    @property
+    def panel_steps(self) -> int:
+        """Steps after the warm-up, over which the numbers here and the critics' may change."""
+        return self.steps + (self.heads_alone if self.uses_panel else 0)
 
 
 class Distiller:
@@ -91,15 +99,14 @@ class Distiller:
         self._blind = None if self.panel is None else blind_loss(self.panel.pool.config.loss)
         self.student, self.warmup, self.adversarial = student, warmup, adversarial
         self.seed, self.place, self.accumulate = seed, place, accumulate
-        heads_alone = adversarial.heads_alone if adversarial.uses_panel else 0
         self._ahead: dict[int, list[Pending]] = {}
         """What has been asked about the batches of coming steps, by micro-batch."""
         self.starts: dict[Stage, int] = {
             "warmup": 0,
             "heads": warmup.steps,
-            "panel": warmup.steps + heads_alone,
+            "panel": warmup.steps + adversarial.panel_steps - adversarial.steps,
         }
-        self.total_steps = self.starts["panel"] + adversarial.steps
+        self.total_steps = warmup.steps + adversarial.panel_steps
         self._check()
         self.unet = unet.to(place.device).train()
         # Whoever resumes has made the student from the same teacher: what stays frozen is there already.
@@ -122,7 +129,7 @@ class Distiller:
             self._ask_ahead(step)
         self._seed_dropout(step)
         batch, slices = self._draw(step), self._slices(step)
-        figures: dict[str, Any] = {"stage": stage}
+        figures: dict[str, Any] = {"stage": stage} | self._changing(step)
         for micro, part in enumerate(slices):
             mine = batch.part(part, self.place.device)
             with self.learner.accumulating(micro == len(slices) - 1):
@@ -199,7 +206,7 @@ class Distiller:
         tally(figures, "regression_loss", float(loss.detach()) / self.accumulate)
         tally(figures, "sample_std_ratio", float(fake.detach().std() / batch.real.std()) / self.accumulate)
         if self.stage(step) != "warmup":
-            loss = self.adversarial.regression_weight * loss
+            loss = value_at(self.adversarial.regression_weight, self._progress(step)) * loss
         if self._asks(step):
             ahead = self._ahead.get(step)
             asked = self._ask(step, fake, batch, part, micro) if ahead is None else ahead[micro]
@@ -209,7 +216,7 @@ class Distiller:
                 # The gradient is the verdict's whole content: a surrogate linear in the sample carries it
                 # through any wrapper of the student, sharded ones included.
                 surrogate = (fake * verdict.gradient.to(fake.device)).sum()
-                loss = loss + self.adversarial.adversarial_weight * surrogate
+                loss = loss + value_at(self.adversarial.adversarial_weight, self._progress(step)) * surrogate
         if moves:
             self.learner.backward(loss / self.accumulate)
 
@@ -253,6 +260,23 @@ class Distiller:
         """Return which samples of step `step` are this rank's, by micro-batch."""
         size = self.samples_per_step(step)
         return rank_slices(size, self.place.rank, self.place.ranks, self.accumulate)
+
+    def _progress(self, step: int) -> float:
+        """Return how far `step` is between the end of the warm-up and the last step, in [0,1]."""
+        return progress_at(step - self.starts["heads"], self.adversarial.panel_steps)
+
+    def _changing(self, step: int) -> dict[str, float]:
+        """Return what numbers that change over training are in `step`; none in the warm-up."""
+        if self.stage(step) == "warmup":
+            return {}
+        numbers = {
+            "adversarial_weight": self.adversarial.adversarial_weight,
+            "regression_weight": self.adversarial.regression_weight,
+        }
+        if self.panel is not None:
+            numbers["refresh_rate"] = self.panel.pool.config.refresh_rate
+        progress = self._progress(step)
+        return {name: value_at(x, progress) for name, x in numbers.items() if not is_constant(x)}
 
     def _asks(self, step: int) -> bool:
         return self.panel is not None and step >= self.starts["heads"]

@@ -1,34 +1,46 @@
 """What every trainer's optimizer is set to, weights by name, and sharing a batch out."""
 
 import math
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from counterpoint.schedules import Scheduled, bounds, is_constant, progress_at, value_at
 from counterpoint.section import Section
 
 
 class OptimizerConfig(Section):
     """AdamW with linear warm-up, cosine or constant learning rate, gradient clipping and EMA."""
 
-    learning_rate: float = Field(default=1e-3, gt=0.0)
-    """Peak learning rate."""
+    learning_rate: Annotated[Scheduled, bounds(gt=0.0)] = 1e-3
+    """Peak learning rate; or, with `decay: false`, a schedule of it."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW betas."""
-    weight_decay: float = Field(default=0.01, ge=0.0)
+    weight_decay: Annotated[Scheduled, bounds(ge=0.0)] = 0.01
     """AdamW weight decay."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises linearly."""
     decay: bool = True
     """Whether the learning rate falls along a half cosine to zero at the last step."""
-    max_gradient_norm: float = Field(default=1.0, gt=0.0)
+    max_gradient_norm: Annotated[Scheduled, bounds(gt=0.0)] = 1.0
     """Gradients are scaled down to this norm."""
-    ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
+    ema_decay: Annotated[Scheduled, bounds(ge=0.0, lt=1.0)] = 0.999
     """Decay of the exponential moving average of the weights; 0 keeps the last weights."""
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> "OptimizerConfig":
+        if self.decay and not is_constant(self.learning_rate):
+            raise ValueError(
+                "decay=true lets learning_rate fall along a cosine, but learning_rate is a schedule itself: "
+                "set decay=false"
+            )
+        return self
 
     def learning_rate_at(self, step: int, total: int) -> float:
         """Return the learning rate of step `step` (from 0) of `total`."""
-        rate = self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        peak = value_at(self.learning_rate, progress_at(step, total))
+        rate = peak * min(1.0, (step + 1) / max(1, self.warmup_steps))
         return rate * 0.5 * (1.0 + math.cos(math.pi * step / total)) if self.decay else rate
 
 

@@ -25,7 +25,9 @@ reap       what a crashed run left, and its removal
 config     from YAML and arguments to a checked configuration (and what of it is in config_*)
 settings   the configuration model of every job
 batch_sizes    workers, micro-batches and samples, checked
+progress   how far a step is, for each number that may change over training
 runs       opening a run's storage, finishing it
+run_names  how a run and its files are named, for verbs that load nothing of what it trains
 launch     a loop where the configuration says, with progress and a tidy stop
 stage      the cast on a cluster: critic hosts and evaluation workers, placed and ready
 run_state  what storage alone says of a run: last step, newest whole checkpoint
@@ -35,6 +37,12 @@ crew       rollout workers and action samplers, placed and ready
 scale_*    simulated machines, their calibration by real steps here, and what bench scale shows of both
 sdxl_parts an SDXL-shaped cast from a configuration alone
 scoring    tables of figures, by evaluation workers or here
+tune_parameter   the values of a key of a sweep's space, and the conditions under which they are tried
+tune_space       the space of a sweep, checked against the job; a configuration with a trial's values
+tune_search      what a trial tries, by Optuna; importance; what a population changes
+tune_report      the page of a sweep (tune_record, tune_words, tune_axes, tune_charts, tune_curves: its parts)
+tune_table       the trials as rows: for the terminal, for files, for the page
+tune_cost        what a sweep cost, what stopping saved, and what it would cost on other machines
 """
 
 import os

@@ -13,6 +13,7 @@ from counterpoint.critics.bank import HeadBank
 from counterpoint.critics.config import CriticsConfig
 from counterpoint.critics.heads import HeadShape, head_logits
 from counterpoint.critics.losses import critic_loss
+from counterpoint.schedules import value_at
 from counterpoint.section import Section
 from counterpoint.seeds import generator
 
@@ -70,7 +71,11 @@ def contenders(config: HeadsBenchConfig, heads: int) -> tuple[Callable[[], Any],
     bank = HeadBank(shape, list(range(slots)), rows.clone(), critics)
     modules = nn.ModuleList([as_module(shape, row) for row in rows])
     optimizer = torch.optim.AdamW(
-        modules.parameters(), lr=critics.learning_rate, betas=critics.betas, weight_decay=0.0, fused=True
+        modules.parameters(),
+        lr=value_at(critics.learning_rate, 0.0),
+        betas=critics.betas,
+        weight_decay=0.0,
+        fused=True,
     )
 
     def batched() -> None:

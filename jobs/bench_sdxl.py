@@ -23,6 +23,7 @@ from counterpoint.critics.pool import Pool
 from counterpoint.critics.prompted_encoder import PromptedEncoder
 from counterpoint.critics.views import Look, cut_windows, draw_looks, patch_side
 from counterpoint.diffusion import NoiseConfig, add_noise, build_noise_scheduler
+from counterpoint.schedules import value_at
 from counterpoint.section import Section
 from counterpoint.seeds import generator
 from counterpoint.student import student_x0
@@ -152,9 +153,9 @@ class PlainGroup:
         config = self.pool.config
         self.optimizer = torch.optim.AdamW(
             self.heads.parameters(),
-            lr=config.learning_rate,
+            lr=value_at(config.learning_rate, 0.0),
             betas=config.betas,
-            weight_decay=config.weight_decay,
+            weight_decay=value_at(config.weight_decay, 0.0),
         )
 
     def judge(self, step: int, fake: Tensor, real: Tensor, labels: Tensor) -> Tensor:

@@ -67,5 +67,5 @@ def _key(mistake: Mapping[str, Any], data: object) -> str:
     if mistake["type"] == "missing":
         parts.append(str(mistake["loc"][-1]))
     if mistake["type"].startswith("union_tag"):
-        parts.append(mistake["ctx"]["discriminator"].strip("'"))
+        parts.append(mistake["ctx"]["discriminator"].strip("'()"))
     return ".".join(parts)

@@ -11,9 +11,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from counterpoint.schedules import SCHEDULES
 from jobs.config_yaml import write_yaml
 
 REQUIRED = "required"
+_SCHEDULE_HELP = (
+    "schedule: a number that changes with progress, 0 at the first step of its part and 1 after the last:",
+    "    {kind: constant, value: 0.1}",
+    "    {kind: linear, start: 0.1, end: 0.01}, and so cosine and exponential; begin: 0.2, until: 0.8",
+    "    {kind: piecewise, pieces: [{at: 0.0, value: 0.1}, {at: 0.5, value: 0.01}]}; values may be schedules",
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,17 @@ def help_text(model: type[BaseModel], program: str) -> str:
     lines = [f"usage: {program} [config.yaml] [key=value ...] [--key value ...]", ""]
     if model.__doc__:
         lines += [inspect.cleandoc(model.__doc__), ""]
-    for field in fields_of(model).values():
+    fields = fields_of(model)
+    numbers = [key for key, field in fields.items() if "float | schedule" in field.kind]
+    inside = ("", ".<n>")
+    for field in fields.values():
+        if any(field.key.startswith(f"{key}{part}.") for key in numbers for part in inside):
+            continue  # said once, below
         default = f" = {field.default}" if field.default else ""
         lines.append(f"{field.key}: {field.kind}{default}")
         lines += [f"    {line}" for line in field.description.splitlines()]
+    if numbers:
+        lines += ["", *_SCHEDULE_HELP]
     return "\n".join(lines) + "\n"
 
 
@@ -110,7 +124,8 @@ def _walk(
         key = prefix + name
         inner = list(sections_in(info.annotation))
         required = default is PydanticUndefined
-        is_section = any(suffix == "" for suffix, _ in inner)
+        # A number that may be a schedule is no section: it is set as a whole, and has a plain default.
+        is_section = any(suffix == "" and section not in SCHEDULES for suffix, section in inner)
         stated = REQUIRED if required else "" if isinstance(default, BaseModel) else show(default)
         yield Field(key, "section" if is_section else _kind(info.annotation), stated, info.description or "")
         for suffix, section in inner:
@@ -121,6 +136,8 @@ def _walk(
 
 def _kind(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in SCHEDULES:
+        return "schedule"
     if origin is Annotated:
         return _kind(arguments[0])
     if origin is Literal:

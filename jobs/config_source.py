@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Discriminator
 
+from counterpoint.schedules import FORMS
 from jobs.config_errors import ConfigError, unknown_key
 from jobs.config_fields import Field, sections_in, show
 from jobs.config_yaml import read_yaml
@@ -81,6 +82,12 @@ def override(data: dict[str, Any], key: str, text: str, fields: Mapping[str, Fie
     parents = (fields.get(".".join(parts[:length])) for length in range(1, len(parts)))
     if key not in fields and not any(parent and parent.is_open for parent in parents):
         raise ConfigError(unknown_key(key, value, fields))
+    assign(data, key, value)
+
+
+def assign(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted `key` in `data`, making sections on the way; ConfigError where it has no place."""
+    parts = key.split(".")
     node: Any = data
     for depth, part in enumerate(parts[:-1], start=1):
         place = _place(node, part, f"{key} = {show(value)}", ".".join(parts[: depth - 1]))
@@ -116,7 +123,9 @@ def over_defaults(model: type[BaseModel] | BaseModel, data: Mapping[str, Any]) -
         given = data.get(name)
         if isinstance(given, dict):
             classes = [section for suffix, section in sections_in(info.annotation) if not suffix]
-            if isinstance(default, BaseModel) and _same_branch(info.discriminator, default, given):
+            tagged = [part for part in info.metadata if isinstance(part, Discriminator)]
+            branch = tagged[0].discriminator if tagged else info.discriminator
+            if isinstance(default, BaseModel) and _same_branch(branch, default, given):
                 merged[name] = over_defaults(default, given)
             elif len(classes) == 1:
                 merged[name] = over_defaults(classes[0], given)
@@ -126,6 +135,8 @@ def over_defaults(model: type[BaseModel] | BaseModel, data: Mapping[str, Any]) -
 
 
 def _same_branch(discriminator: object, default: BaseModel, given: Mapping[str, Any]) -> bool:
+    if callable(discriminator):
+        return bool(discriminator(default) == discriminator(given))
     if not isinstance(discriminator, str):
         return True
     branch = getattr(default, discriminator)
@@ -165,7 +176,14 @@ def _laid_over(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any
     merged = dict(base)
     for key, value in top.items():
         under = merged.get(key)
-        merged[key] = (
-            _laid_over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
-        )
+        if isinstance(under, dict) and isinstance(value, dict) and not _other_form(under, value):
+            merged[key] = _laid_over(under, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _other_form(under: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    """Whether two schedules have different forms, of which one replaces the other as a whole."""
+    forms = [form for form in (under.get("kind"), value.get("kind")) if form in FORMS]
+    return len(set(forms)) == 2

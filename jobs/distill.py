@@ -94,7 +94,10 @@ def prepare(config: DistillConfig) -> Score:
     store = open_run(config.run, config, config.resume, in_process)
     data = load_data(teacher.data)
     network = stored_feature_network(source, teacher.features, teacher.seed)
-    panel = PanelRecipe(config.teacher, config.critics.plain(), teacher.noise, config.seed)
+    panel = PanelRecipe(
+        config.teacher, config.critics.plain(), teacher.noise, config.seed,
+        total_steps=config.adversarial.panel_steps,
+    )  # fmt: skip
     return Score(config, store, teacher, results, data, network, references(data, network), panel)
 
 
@@ -108,10 +111,11 @@ def loop_spec(work: Score, made: Cast) -> LoopSpec:
         work.panel, made.hosts, data, config.pairs, config.student, config.warmup, config.adversarial,
         config.seed, config.start, config.trainer.accumulate, config.critics.patience,
     )  # fmt: skip
-    evaluation = EvaluationPool(made.evaluators, work.real["test"]) if made.evaluators else None
+    reference = work.real[config.evaluation.against]
+    evaluation = EvaluationPool(made.evaluators, reference) if made.evaluators else None
     return LoopSpec(
-        config.run, recipe, config.trainer.checkpoint_every, config.evaluation.every, evaluation=evaluation,
-        watch=lambda: Watcher(config.alarms),
+        config.run, recipe, config.trainer.checkpoint_every, config.trainer.keep_checkpoints,
+        config.evaluation.every, evaluation=evaluation, watch=lambda: Watcher(config.alarms),
     )  # fmt: skip
 
 
@@ -144,7 +148,8 @@ def conclude(
     by_name = {line["name"]: line for line in table}
     headline = dict(work.teacher_results["headline"])
     for n in config.steps:
-        headline[f"student_{n}_fd"] = by_name[f"student, {n} step{'s' if n > 1 else ''}"]["fd"]
+        line = by_name[f"student, {n} step{'s' if n > 1 else ''}"]
+        headline |= {f"student_{n}_fd": line["fd"], f"student_{n}_train_fd": line["train_fd"]}
     if 1 in config.steps:
         headline["student_1_accuracy"] = by_name["student, 1 step"]["accuracy"]
         headline["student_1_recall"] = by_name["student, 1 step"]["recall"]
@@ -159,7 +164,7 @@ def conclude(
 
 def describe_pool(pool: Pool) -> dict[str, Any]:
     """Return the pool's arithmetic for the report, with a warning where heads live too short a life."""
-    updates = pool.config.updates_per_life()
+    updates = pool.config.updates_per_life(len(pool.slots))
     described: dict[str, Any] = {
         "heads": pool.size,
         "slots": len(pool.slots),

@@ -105,7 +105,8 @@ def prepare(config: DistillTextConfig) -> Work:
     with model_part(config.teacher) as (where, _):
         noise = noise_of(dict(DDPMScheduler.load_config(where, subfolder="scheduler")))
     prompts = PromptsRecipe(config.prompts, config.patch_time_ids, config.encoder_dtype)
-    panel = PanelRecipe(config.teacher, config.critics.plain(), noise, config.seed, prompts)
+    steps = config.adversarial.panel_steps
+    panel = PanelRecipe(config.teacher, config.critics.plain(), noise, config.seed, prompts, steps)
     store = open_run(config.run, config, config.resume, in_process=config.trainer.workers == 0)
     return Work(config, store, noise, panel)
 
@@ -120,7 +121,10 @@ def loop_spec(work: Work, made: Cast) -> LoopSpec:
         config.seed, config.start, config.trainer.accumulate, config.critics.patience,
         lora=config.lora, held_out_share=config.held_out.share,
     )  # fmt: skip
-    return LoopSpec(config.run, recipe, config.trainer.checkpoint_every, watch=lambda: Watcher(config.alarms))
+    return LoopSpec(
+        config.run, recipe, config.trainer.checkpoint_every, config.trainer.keep_checkpoints,
+        watch=lambda: Watcher(config.alarms),
+    )  # fmt: skip
 
 
 def finish(work: Work) -> dict[str, Any]:

@@ -28,7 +28,10 @@ def overfit_gap(config: DistillConfig) -> float | None:
     ).train
     held_out = load_data(teacher.data).test
     count = min(MOST, len(shown), len(held_out))
-    recipe = PanelRecipe(config.teacher, config.critics.plain(), teacher.noise, config.seed)
+    recipe = PanelRecipe(
+        config.teacher, config.critics.plain(), teacher.noise, config.seed,
+        total_steps=config.adversarial.panel_steps,
+    )  # fmt: skip
     panel = build_local_panel(recipe, torch.device("cpu"))
     panel.load(
         {name: checkpoint.tensors(name) for name in checkpoint.files if name.startswith("critics-")}, 0

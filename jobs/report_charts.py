@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 
 from jobs.report_axes import Points, as_points, colours, draw_line, finish, last_quarter, logged, shade_stages
 from jobs.report_record import RunRecord
+from jobs.report_schedules import schedule_charts
 from jobs.report_svg import INK, MUTED, Chart, drawing
 from jobs.report_words import in_steps, number
 
@@ -25,7 +26,8 @@ def training_charts(record: RunRecord) -> list[Chart]:
         lambda r: _curves(r, "Gradient norm", {"gradient_norm": "norm"}, log=True),
         lambda r: _curves(r, "Samples per second", {"samples_per_second": "samples / s"}),
     ]
-    return [chart for maker in makers if (chart := maker(record)) is not None]
+    charts = [chart for maker in makers if (chart := maker(record)) is not None]
+    return charts + schedule_charts(record)
 
 
 def _curves(record: RunRecord, title: str, keys: dict[str, str], log: bool = False) -> Chart | None:

@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from counterpoint.schedules import Scheduled, is_constant, read_scheduled, value_at
+from jobs.progress import part_of, progress_of
 from jobs.report_axes import (
     BINS,
     Points,
@@ -97,7 +99,7 @@ def refreshes(record: RunRecord) -> Chart | None:
     with drawing() as it:
         it.ax.step(steps, total, where="post", color=SERIES[0], label="renewed")
         if heads and rate is not None and _critics(record).get("refresh_clock") != "micro_step":
-            expected = rate * heads * (steps - steps[0] + 1)
+            expected = heads * expected_refreshes(record, rate, steps)
             it.ax.plot(
                 steps,
                 expected,
@@ -118,7 +120,7 @@ def ages(record: RunRecord) -> Chart | None:
     """Draw the ages of the heads at the last checkpoint beside the geometric law of their refresh rate."""
     rate = _refresh_rate(record)
     ticks = max((group.ticks for group in record.heads), default=0)
-    if not ticks or not rate:
+    if not ticks or not isinstance(rate, float) or not rate:  # the law is that of one rate throughout
         return None
     edges = np.unique(np.linspace(0, ticks, min(12, ticks) + 1).round())
     found, law = counted_ages(record.heads, edges), expected_ages(record.heads, rate, edges)
@@ -230,6 +232,23 @@ def _critics(record: RunRecord) -> dict[str, Any]:
     return critics if isinstance(critics, dict) else {}
 
 
-def _refresh_rate(record: RunRecord) -> float | None:
-    rate = _critics(record).get("refresh_rate")
-    return float(rate) if isinstance(rate, int | float) else None
+def expected_refreshes(record: RunRecord, rate: Scheduled, steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return which multiple of all heads is due after each of `steps` [n], counted from the first of them."""
+    if isinstance(rate, float):
+        return rate * (steps - steps[0] + 1)
+    every = range(int(steps[0]), int(steps[-1]) + 1)
+    rates = [value_at(rate, progress_of(record.config, "critics.refresh_rate", step)) for step in every]
+    return np.cumsum(rates)[(steps - steps[0]).astype(int)]
+
+
+def _refresh_rate(record: RunRecord) -> Scheduled | None:
+    """Return the configured rate, as a number if it never changes; None where there is none."""
+    given = _critics(record).get("refresh_rate")
+    if given is None:
+        return None
+    try:
+        rate = read_scheduled(given)
+        changes = not is_constant(rate) and bool(part_of(record.config, "critics.refresh_rate"))
+    except ValueError:  # a configuration that no job would take
+        return None
+    return rate if changes else value_at(rate, 0.0)

@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 from counterpoint.critics.config import KINDS, CriticsConfig
 from counterpoint.critics.heads import HeadShape
 from counterpoint.critics.pool import Pool
+from counterpoint.schedules import value_at
 
 
 class HeadBank:
@@ -33,8 +34,11 @@ class HeadBank:
         self.generations = torch.zeros(len(rows), dtype=torch.int64)
         self.born = torch.zeros(len(rows), dtype=torch.int64)
 
-    def update(self, chosen: Sequence[int], gradients: Tensor) -> None:
-        """Take one AdamW step (Loshchilov & Hutter 2019) on rows `chosen` with gradients [len(chosen), P]."""
+    def update(self, chosen: Sequence[int], gradients: Tensor, progress: float = 0.0) -> None:
+        """Take one AdamW step (Loshchilov & Hutter 2019) on rows `chosen` with gradients [len(chosen), P].
+
+        Learning rate and weight decay are those of `progress`.
+        """
         beta1, beta2 = self.config.betas
         adamw(
             [self.rows[i] for i in chosen],
@@ -47,8 +51,8 @@ class HeadBank:
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
+            lr=value_at(self.config.learning_rate, progress),
+            weight_decay=value_at(self.config.weight_decay, progress),
             eps=1e-8,
             maximize=False,
         )

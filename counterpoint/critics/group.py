@@ -52,7 +52,7 @@ class CriticGroup:
         """
         config = self.pool.config
         self._check(samples)
-        self._advance(self._tick(samples))
+        self._advance(self._tick(samples), samples.micros)
         lesson = self._lesson_of(samples)
         images = samples.fake.detach().requires_grad_(samples.judge)
         fake, real, negative = self._views(samples, images)
@@ -61,12 +61,16 @@ class CriticGroup:
             loss, gradient, voting = student_gradient(lesson.panel, config, fake, images)
         told = self._exchanged(samples, lesson, lesson.add(config.loss, real, fake, negative))
         if samples.last:
-            lesson.finish(told.gradients, told.learned)
+            lesson.finish(told.gradients, told.learned, self.pool.progress(samples.step))
         if samples.judge and config.order == "critics_first":
             loss, gradient, voting = student_gradient(lesson.panel, config, fake, images)
         if samples.last:
             self._lesson = None
-            self._advance(self._tick(samples) + 1)
+            self._advance(self._tick(samples) + 1, samples.micros)
+        weights = self.pool.band_weights(samples.step)
+        if weights:
+            loss *= weights[self.index]
+            gradient = None if gradient is None else gradient * weights[self.index]
         refreshed, self._refreshed = self._refreshed, 0
         return Verdict(
             step=samples.step,
@@ -188,11 +192,12 @@ class CriticGroup:
             return samples.step * samples.micros + samples.micro
         return samples.step
 
-    def _advance(self, ticks: int) -> None:
+    def _advance(self, ticks: int, micros: int = 1) -> None:
         """Apply the refreshes up to tick `ticks`; a group that missed steps makes good for them here."""
         first = self.index * self.pool.heads_per_group
+        per_step = micros if self.pool.config.refresh_clock == "micro_step" else 1
         while self.ticks < ticks:
-            for head in self.pool.refreshed(self.ticks):
+            for head in self.pool.refreshed(self.ticks, per_step):
                 if first <= head < first + self.pool.heads_per_group:
                     self._renew(head, head - first)
             self.ticks += 1

@@ -69,13 +69,16 @@ class Lesson:
             if seats.bank is bank and row in seats.rows:
                 gradient[seats.rows.index(row)] = 0.0
 
-    def finish(self, gradients: Sequence[Tensor] | None = None, samples: int | None = None) -> None:
-        """Let each head take one optimizer step along the mean gradient over all samples of the step.
+    def finish(
+        self, gradients: Sequence[Tensor] | None = None, samples: int | None = None, progress: float = 0.0
+    ) -> None:
+        """Let each head take one optimizer step, with the settings of `progress`, along the mean gradient.
 
         `gradients`, summed over `samples`, are those of all replicas where this lesson saw a share of them.
         """
         for seats, gradient in zip(self.panel, gradients or self.gradients, strict=True):
-            seats.bank.update(seats.rows, gradient.to(seats.bank.rows) / (samples or self.samples))
+            mean = gradient.to(seats.bank.rows) / (samples or self.samples)
+            seats.bank.update(seats.rows, mean, progress)
 
     def _by_place(self, values: Tensor) -> Tensor:
         """Average one value a head [heads] to [kinds, levels]; NaN where no head sits."""

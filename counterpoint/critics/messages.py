@@ -35,7 +35,7 @@ class Verdict:
 
     step: int
     loss: float
-    """Student's loss, summed over the samples."""
+    """Student's loss, summed over the samples and times the weight of the group's noise level."""
     gradient: Tensor | None
     """Gradient of that sum with respect to `fake`, [n,C,H,W]; None if not asked for."""
     critic_loss: float

@@ -7,12 +7,15 @@ and the generation of any head without having seen the steps before.
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from counterpoint.critics.config import KINDS, REFERENCE_SIDE, CriticsConfig
 from counterpoint.critics.heads import HeadShape
+from counterpoint.schedules import Scheduled, extremes, is_constant, progress_at, value_at
 from counterpoint.seeds import generator
 
 
@@ -38,6 +41,22 @@ class Pool:
     timesteps: tuple[int, ...]
     """The noise levels t*, scaled to the images, one per critic group."""
     seed: int
+    total_steps: int = 0
+    """Panel steps of the whole training, in which numbers that change do so; 0 where nobody knows."""
+
+    def __post_init__(self) -> None:
+        changing = self.config.changing()
+        if changing and not self.total_steps:
+            raise ValueError(
+                f"critics.{changing[0]} changes over training, but how many steps this panel judges is not "
+                "known here: give it as one number"
+            )
+        high = 1.0 if self.config.heads_drawn is None else extremes(self.config.heads_drawn)[1]
+        if high > self.heads_per_group:
+            raise ValueError(
+                f"critics.heads_drawn reaches {high:g}, but a noise level has {self.heads_per_group} heads: "
+                "lower it, or raise critics.heads_per_slot"
+            )
 
     @property
     def heads_per_group(self) -> int:
@@ -70,22 +89,43 @@ class Pool:
             return [(slot, spare) for slot in range(slots) for spare in range(spares)]
         stream = generator(self.seed, "panel", step, group)
         if self.config.panel == "uniform":
-            chosen = torch.randperm(slots * spares, generator=stream)[:slots].sort().values.tolist()
+            drawn = self.heads_drawn(step)
+            chosen = torch.randperm(slots * spares, generator=stream)[:drawn].sort().values.tolist()
             return [(head // spares, head % spares) for head in chosen]
         draw = torch.randint(0, spares, (slots,), generator=stream).tolist()
         return list(enumerate(draw))
 
-    def refreshed(self, tick: int) -> list[int]:
+    def progress(self, step: int) -> float:
+        """Return how far panel step `step` is, in [0,1]; 0 where the number of steps is not known."""
+        return progress_at(step, self.total_steps) if self.total_steps else 0.0
+
+    def heads_drawn(self, step: int) -> int:
+        """Return how many heads of a noise level judge at `step` with `panel: uniform`."""
+        drawn = self.config.heads_drawn
+        return len(self.slots) if drawn is None else round(value_at(drawn, self.progress(step)))
+
+    def band_weights(self, step: int) -> list[float]:
+        """Return the weight of each group's judgement at `step`, with a mean of 1; empty for all alike."""
+        weights = [value_at(weight, self.progress(step)) for weight in self.config.band_weights]
+        mean = math.fsum(weights) / max(1, len(weights))
+        return [weight / mean for weight in weights]
+
+    def refreshed(self, tick: int, ticks_per_step: int = 1) -> list[int]:
         """Return the ids of the heads that are re-initialised at the end of `tick`, anywhere in the pool."""
-        rate = self.config.refresh_rate
-        if rate == 0:
+        rate, ticks = self.config.refresh_rate, self.total_steps * ticks_per_step
+        now = value_at(rate, progress_at(tick, ticks) if ticks else 0.0)
+        if now == 0:
             return []
         stream = generator(self.seed, "refresh", tick)
         if self.config.refresh_draw == "bernoulli":
-            return torch.nonzero(torch.rand(self.size, generator=stream) < rate).flatten().tolist()
+            return torch.nonzero(torch.rand(self.size, generator=stream) < now).flatten().tolist()
         # Fractions carry over: 0.6 heads a tick are three in five ticks. In floats 0.29 * 100 is not 29.
-        due = Fraction(str(rate)) * self.size
-        count = math.floor((tick + 1) * due) - math.floor(tick * due)
+        if is_constant(rate):
+            due = Fraction(str(now)) * self.size
+            count = math.floor((tick + 1) * due) - math.floor(tick * due)
+        else:
+            before, after = (math.floor(_due(rate, ticks, t) * self.size) for t in (tick, tick + 1))
+            count = after - before
         return torch.randperm(self.size, generator=stream)[:count].sort().values.tolist()
 
     def assign_groups(self, step: int, batch: int) -> Tensor:
@@ -108,10 +148,12 @@ def build_pool(
     side: int,
     alphas_cumprod: Tensor,
     seed: int,
+    total_steps: int = 0,
 ) -> Pool:
     """Lay out the pool for feature maps of whole images and of windows, each [(channels, side)] per level.
 
-    Raises ValueError if a noise level lies beyond the schedule.
+    Raises ValueError if a noise level lies beyond the schedule, and for numbers that change over training
+    where its `total_steps` are not given.
     """
     slots = []
     for kind, name in enumerate(KINDS):
@@ -127,7 +169,20 @@ def build_pool(
         )
     if config.scale_levels:
         levels = scaled_levels(levels, side, alphas_cumprod)
-    return Pool(config, tuple(slots), tuple(levels), seed)
+    return Pool(config, tuple(slots), tuple(levels), seed, total_steps)
+
+
+def _due(rate: Scheduled, ticks: int, tick: int) -> Fraction:
+    """Return the share of the heads that is due before `tick` of `ticks`: the sum of the rates so far."""
+    sums = _sums(rate, ticks)
+    return sums[min(tick, ticks)] + max(0, tick - ticks) * Fraction(str(value_at(rate, 1.0)))
+
+
+@lru_cache(maxsize=8)
+def _sums(rate: Scheduled, ticks: int) -> tuple[Fraction, ...]:
+    """Return the sums of the rates of the first 0, 1, ... `ticks` ticks."""
+    rates = (Fraction(str(value_at(rate, progress_at(tick, ticks)))) for tick in range(ticks))
+    return tuple(accumulate(rates, initial=Fraction(0)))
 
 
 def scaled_levels(levels: tuple[int, ...], side: int, alphas_cumprod: Tensor) -> tuple[int, ...]:

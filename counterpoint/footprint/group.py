@@ -13,6 +13,7 @@ from counterpoint.critics.messages import Samples
 from counterpoint.critics.pool import Pool, build_pool
 from counterpoint.critics.views import patch_side
 from counterpoint.footprint.tracing import Ledger
+from counterpoint.schedules import extremes
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class PaperPool(Pool):
         """Return the heads that judge, the same ones in every step."""
         return list(self.judging)
 
-    def refreshed(self, tick: int) -> list[int]:
+    def refreshed(self, tick: int, ticks_per_step: int = 1) -> list[int]:
         """Return no head: renewing one changes no size."""
         return []
 
@@ -113,12 +114,14 @@ def trace_group(
 def paper_pool(
     config: CriticsConfig, shapes: list[list[tuple[int, int]]], side: int, alphas_cumprod: Tensor
 ) -> PaperPool:
-    """Lay out a pool for `shapes` of whole images and of windows; its draws are those of step 0."""
+    """Lay out a pool for `shapes` of whole images and of windows; as many judge as ever do."""
     schedule = torch.linspace(1.0, 0.0, len(alphas_cumprod))
     plain = config.model_copy(update={"scale_levels": False})
-    pool = build_pool(plain, shapes[0], shapes[1], side, schedule, 0)
-    spares = range(1) if config.panel != "all" else range(config.heads_per_slot)
-    judging = tuple((slot, spare) for slot in range(len(pool.slots)) for spare in spares)
+    pool = build_pool(plain, shapes[0], shapes[1], side, schedule, 0, total_steps=1)
+    spares, slots = range(config.heads_per_slot), range(len(pool.slots))
+    most = len(pool.slots) if config.heads_drawn is None else round(extremes(config.heads_drawn)[1])
+    most = pool.heads_per_group if config.panel == "all" else most
+    judging = tuple(sorted([(slot, spare) for spare in spares for slot in slots][:most]))
     known = {f.name: getattr(pool, f.name) for f in fields(Pool)}
     return PaperPool(**known, judging=judging)
 

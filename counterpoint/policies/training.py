@@ -6,7 +6,7 @@ so that what masked conditions leave is what the policy was trained for (arXiv 2
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +26,7 @@ from counterpoint.policies.perception import (
 )
 from counterpoint.policies.policy import check_mask
 from counterpoint.policies.vision import PointerVision
+from counterpoint.schedules import Scheduled, bounds, progress_at, value_at
 from counterpoint.section import Section
 from counterpoint.seeds import generator
 from counterpoint.strategies.build import build_learner
@@ -68,9 +69,10 @@ class PolicyTrainingConfig(Section):
     """Optimizer steps of the policy, after those of perception."""
     batch_size: int = Field(default=64, ge=1)
     """Frames per optimizer step, over all workers and micro-batches."""
-    feature_noise: float = Field(default=0.08, ge=0.0)
+    feature_noise: Annotated[Scheduled, bounds(ge=0.0)] = 0.08
     """Standard deviation of Gaussian noise on the pointer's standardised findings, against learning frames by
-    heart; 0.08 of a coordinate's deviation is about 0.7 pixels of 64. Patches get none."""
+    heart; 0.08 of a coordinate's deviation is about 0.7 pixels of 64. Patches get none. May change over
+    the policy's steps."""
     condition_dropout: ConditionDropout = ConditionDropout()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=100, ema_decay=0.99)
     """AdamW, schedule, clipping and EMA."""
@@ -247,14 +249,12 @@ class PolicyTrainer:
         return {"loss": total, "token_accuracy": right / count}
 
     def _noisy(self, inputs: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        if self.config.feature_noise == 0:
+        size = value_at(self.config.feature_noise, progress_at(step, self.config.steps))
+        if size == 0:
             return inputs
         stream = generator(self.seed, "feature_noise", step)
         noise = {name: torch.randn(inputs[name].shape, generator=stream) for name in _found(inputs)}
-        return inputs | {
-            name: inputs[name] + self.config.feature_noise * x.to(self.place.device)
-            for name, x in noise.items()
-        }
+        return inputs | {name: inputs[name] + size * x.to(self.place.device) for name, x in noise.items()}
 
 
 def _found(inputs: dict[str, Tensor]) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from counterpoint.optimization import OptimizerConfig
 from counterpoint.place import ALONE, Place
+from counterpoint.schedules import progress_at, value_at
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REBUILT = "rebuilt_sum"
@@ -64,6 +65,8 @@ class Learner(ABC):
         self.rebuilt_sum = sum(_bits(fixed[name]) for name in self.rebuilt) % 2**62
         state = {name: x for name, x in module.state_dict().items() if name not in self.rebuilt}
         self.entries = {name: tensor.numel() for name, tensor in state.items()}
+        self.max_norm = value_at(config.max_gradient_norm, 0.0)
+        """What gradients are scaled down to in this step."""
         self._share_out()
         self._average()
 
@@ -120,6 +123,7 @@ class Learner(ABC):
     def step(self, step: int) -> tuple[float, float]:
         """Apply the accumulated gradients as step `step` of the stage; return (learning rate, norm)."""
         rate = self.config.learning_rate_at(step, self.total)
+        self._set(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = self._update()
@@ -137,9 +141,10 @@ class Learner(ABC):
             for piece, shadow in zip(self._pieces(), self.average.shadow_params, strict=True):
                 piece.copy_(shadow)
             self._written()
+        self._set(0)
         self._forget()
         for group in self.optimizer.param_groups:
-            group["betas"], group["weight_decay"] = config.betas, config.weight_decay
+            group["betas"] = config.betas
         self._average()
 
     def averaged(self, everywhere: bool = False) -> Shard:
@@ -226,7 +231,15 @@ class Learner(ABC):
 
     def _average(self) -> None:
         """Begin the moving average at the weights as they are."""
-        self.average = EMAModel(self._pieces(), decay=self.config.ema_decay)
+        self.average = EMAModel(self._pieces(), decay=value_at(self.config.ema_decay, 0.0))
+
+    def _set(self, step: int) -> None:
+        """Bring the settings that may change over training to those of step `step` of the stage."""
+        progress = progress_at(step, self.total)
+        self.max_norm = value_at(self.config.max_gradient_norm, progress)
+        self.average.decay = value_at(self.config.ema_decay, progress)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = value_at(self.config.weight_decay, progress)
 
     def _cut(self, index: int, whole: Tensor) -> Tensor:
         """Return this rank's piece of a whole tensor."""

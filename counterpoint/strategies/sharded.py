@@ -69,7 +69,7 @@ class ShardedLearner(Learner):
         squared = nn.utils.get_total_norm(gradients).square().to(self.place.device)
         dist.all_reduce(squared)
         norm = squared.sqrt()
-        scale = torch.clamp(self.config.max_gradient_norm / (norm + 1e-6), max=1.0)
+        scale = torch.clamp(self.max_norm / (norm + 1e-6), max=1.0)
         for gradient in gradients:
             gradient.mul_(scale.to(gradient.device))
         self.optimizer.step()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from counterpoint.place import Place
+from counterpoint.schedules import value_at
 from counterpoint.strategies.learner import MOMENTS, Learner, Shard
 
 
@@ -41,7 +42,7 @@ class WholeLearner(Learner):
         loss.backward()
 
     def _update(self) -> float:
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_gradient_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
@@ -70,10 +71,13 @@ class WholeLearner(Learner):
 
 
 def adamw(parameters: list[nn.Parameter], learner: Learner) -> torch.optim.AdamW:
-    """Return the AdamW of a learner's configuration over `parameters`."""
+    """Return the AdamW of a learner's configuration, as of its first step, over `parameters`."""
     config = learner.config
     return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        parameters,
+        lr=value_at(config.learning_rate, 0.0),
+        betas=config.betas,
+        weight_decay=value_at(config.weight_decay, 0.0),
     )
 
 

@@ -57,7 +57,7 @@ class ZeroLearner(Learner):
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.micros,
-            "gradient_clipping": self.config.max_gradient_norm,
+            "gradient_clipping": self.max_norm,
             "bf16": {"enabled": strategy.precision == "bf16"},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
@@ -92,6 +92,8 @@ class ZeroLearner(Learner):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def _update(self) -> float:
+        # What the engine was made with is read where it is applied.
+        self.zero.clip_grad = self.max_norm
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
@@ -140,8 +142,6 @@ class ZeroLearner(Learner):
         self.optimizer.state.clear()
         self.engine.zero_grad()
         self.zero.zero_grad(set_to_none=True)
-        # The limit of the configuration is read where it is applied.
-        self.zero.clip_grad = self.config.max_gradient_norm
 
     def _remember(self, index: int, moments: Shard, steps: float) -> None:
         # A rank may hold no piece of any parameter, and its empty partition still takes part in each step.
