@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class TrainerConfig(Section):
     """Micro-batches per optimizer step."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept; older ones are deleted."""
     max_failures: int = Field(default=10, ge=0)
     """How often a run is taken up again from its last checkpoint after a failure of the infrastructure."""
     strategy: StrategyConfig = StrategyConfig()
@@ -81,12 +84,34 @@ class StopSignal:
     asked: bool = False
 
 
+_wishes: list[StopSignal] = []
+
+
+def ask_to_stop() -> None:
+    """Ask the loops that this process runs or watches to save a checkpoint and return, as a signal would."""
+    for wish in _wishes:
+        wish.asked = True
+
+
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[StopSignal]:
-    """Turn the first SIGINT or SIGTERM into a wish to stop; the second SIGINT interrupts as usual."""
+    """Turn the first SIGINT or SIGTERM into a wish to stop; the second SIGINT interrupts as usual.
+
+    Signals reach only the main thread of a process; `ask_to_stop` reaches every thread.
+    """
     wish = StopSignal()
+    _wishes.append(wish)
+    try:
+        with _on_signals(wish):
+            yield wish
+    finally:
+        _wishes.remove(wish)
+
+
+@contextlib.contextmanager
+def _on_signals(wish: StopSignal) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield
         return
 
     def on_signal(number: int, _frame: Any) -> None:
@@ -97,7 +122,7 @@ def stopping_on_signals() -> Iterator[StopSignal]:
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield wish
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -109,6 +134,7 @@ def train_here(spec: LoopSpec, config: TrainerConfig, watch: Watch, wish: StopSi
     device = torch.device("cuda" if torch.cuda.is_available() and config.gpus_per_worker else "cpu")
 
     def report(figures: dict[str, Any]) -> bool:
+        current().figures = figures
         watch(figures)
         return wish.asked
 
@@ -206,8 +232,9 @@ def _fit(spec: LoopSpec, config: TrainerConfig) -> LoopResult:
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
     trainer = TorchTrainer(
-        work,
-        train_loop_config={"spec": spec, "threads": config.torch_threads(), "strategy": config.strategy},
+        # Not in `train_loop_config`, which Ray Train's controller reads: it would load all that trainers are
+        # made of.
+        partial(work, spec, config.torch_threads(), config.strategy),
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -227,16 +254,16 @@ def _fit(spec: LoopSpec, config: TrainerConfig) -> LoopResult:
     return result
 
 
-def work(config: dict[str, Any]) -> LoopResult:
+def work(spec: LoopSpec, threads: int, strategy: StrategyConfig) -> LoopResult:
     """Run the loop as one Ray Train worker."""
     from ray import train
 
     from actors.process_group import worker_device
 
-    torch.set_num_threads(config["threads"])
+    torch.set_num_threads(threads)
     context = train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), worker_device(), config["strategy"])
+    place = Place(context.get_world_rank(), context.get_world_size(), worker_device(), strategy)
     # What takes rank 0's figures takes the ranks' places too, where it is a conductor's.
-    conductor = getattr(config["spec"].report, "actor", None)
+    conductor = getattr(spec.report, "actor", None)
     with enrolled(conductor, place.rank, str(place.device)):
-        return run_loop(config["spec"], place)
+        return run_loop(spec, place)

@@ -77,6 +77,8 @@ class LoopSpec:
     """Makes this rank's trainer; long preparations report their progress."""
     checkpoint_every: int = 100
     """Steps between checkpoints; the first comes before step 0, the last after the last step."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
     evaluate_every: int = 0
     """Steps between snapshots offered to the evaluation workers; 0 offers none."""
     report: Report = silent
@@ -186,7 +188,7 @@ def _save(
     meta = {"samples": samples, "workers": place.ranks, "strategy": place.strategy.in_words}
     save_checkpoint(store, step, files, meta, place.rank, _meet if place.ranks > 1 else _alone)
     if chief:
-        prune_checkpoints(store, keep=2)
+        prune_checkpoints(store, chief.spec.keep_checkpoints)
         chief.saved = step
         chief.telemetry.saved(step, time.perf_counter() - begun)
     _barrier(place)

@@ -92,14 +92,15 @@ def crew_on_stage(build: Build, workers: WorkersConfig, samplers: SamplersConfig
         places = None
         if workers.count or samplers.count:
             stack.enter_context(connected())
-            places = stack.enter_context(reserve(plan(_pools(workers, samplers)), PLACEMENT_TIMEOUT))
+            places = stack.enter_context(reserve(plan(crew_pools(workers, samplers)), PLACEMENT_TIMEOUT))
         crew = _workers(build, workers, places)
         stack.callback(crew.close)
         crew.spaces()
         yield Stage(crew, workers, samplers, places)
 
 
-def _pools(workers: WorkersConfig, samplers: SamplersConfig) -> list[Pool]:
+def crew_pools(workers: WorkersConfig, samplers: SamplersConfig) -> list[Pool]:
+    """Return the rollout workers and the action samplers as pools."""
     return [
         Pool("workers", workers.count, workers.cpus_per_worker, setting="workers.count"),
         Pool(

@@ -34,6 +34,7 @@ from jobs.report_words import (
 )
 from jobs.rollout_cells import CELLS
 from jobs.rollout_report import write_rollout_report
+from jobs.tune_ledger import TRIALS
 
 REPORT = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -164,8 +165,13 @@ def _seconds(record: RunRecord) -> dict[str, float]:
 
 
 def main(config: ReportConfig) -> dict[str, str]:
-    """Write the report of `config.run`, a training or a comparison of rollouts, and return where it is."""
+    """Write the report of `config.run`, a training, a comparison or a sweep, and return where it is."""
     store = RunStore(config.run)
+    if store.exists(TRIALS):
+        # Jobs write their own reports with this module, and a sweep's knows all jobs.
+        from jobs.tune_report import write_tune_report
+
+        return {"report": write_tune_report(store)}
     write = write_rollout_report if store.exists(CELLS) else write_report
     return {"report": write(store)}
 

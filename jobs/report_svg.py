@@ -17,11 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-INK, MUTED, LINE, BAND = "#0b0001", "#0b0002", "#0b0003", "#0b0004"
+INK, MUTED, LINE, BAND, PAPER, BAD = "#0b0001", "#0b0002", "#0b0003", "#0b0004", "#0b0005", "#0b0006"
 SERIES = ("#0c0001", "#0c0002", "#0c0003", "#0c0004", "#0c0005", "#0c0006")
-COLOURS = {INK: "ink", MUTED: "muted", LINE: "line", BAND: "band"} | {
-    colour: f"series-{number}" for number, colour in enumerate(SERIES, start=1)
-}
+RANKS = ("#0d0001", "#0d0002", "#0d0003", "#0d0004", "#0d0005", "#0d0006", "#0d0007")
+"""From the best to the worst."""
+COLOURS = {INK: "ink", MUTED: "muted", LINE: "line", BAND: "band", PAPER: "paper", BAD: "bad"}
+COLOURS |= {colour: f"series-{number}" for number, colour in enumerate(SERIES, start=1)}
+COLOURS |= {colour: f"rank-{number}" for number, colour in enumerate(RANKS, start=1)}
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": LINE,
@@ -109,7 +111,7 @@ def _inline(figure: Figure, alt: str) -> Markup:
     rest = re.sub(r' id="([\w.]+)"', lambda match: match.group() if match.group(1) in used else "", rest)
     rest = re.sub(r' d="[^"]*"', lambda match: _shortened(match.group()), rest)
     rest = re.sub(r"'DejaVu Sans'(?:, [^;\"]*)?", "var(--sans)", rest)
-    rest = re.sub(r"#0[bc]000\d", lambda match: f"var(--{COLOURS[match.group()]})", rest)
+    rest = re.sub(r"#0[bcd]000\d", lambda match: f"var(--{COLOURS[match.group()]})", rest)
     return Markup('<svg role="img" aria-label="{}" {}>').format(alt, Markup(view.group())) + Markup(rest)
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,10 @@ from counterpoint.pipeline import ClassConditionalPipeline
 from counterpoint.section import Section
 from jobs.config import dump_config
 from jobs.config_source import over_defaults
+from jobs.run_names import CONFIG, RESULTS
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
-RESULTS = "results.json"
 FREE_ON_RESUME = {
     "run", "teacher", "start", "resume", "trainer", "evaluation", "alarms", "workers", "samplers",
     "critics.actors", "critics.cpus_per_actor", "critics.gpus_per_actor", "critics.threads",
@@ -36,8 +36,12 @@ FREE_ON_RESUME = {
 """Keys that say where a run happens and not what it computes: a resumed run may change them."""
 
 
-def open_run(uri: str, config: Section, resume: bool, in_process: bool) -> RunStore:
+def open_run(
+    uri: str, config: Section, resume: bool, in_process: bool, free: Collection[str] = FREE_ON_RESUME
+) -> RunStore:
     """Open the storage of a run, write its configuration, environment and identity, and return it.
+
+    A resumed run may change the keys in `free`.
 
     Raises ValueError if the storage is used and `resume` is off, if a resumed run would compute something
     else than it did, or if other processes could not see the storage.
@@ -54,7 +58,7 @@ def open_run(uri: str, config: Section, resume: bool, in_process: bool) -> RunSt
             raise ValueError(
                 f"run={uri} is a run already: add resume=true to go on with it, or choose another run"
             )
-        _check_same(yaml.safe_load(store.read_text(CONFIG)), config, uri)
+        _check_same(yaml.safe_load(store.read_text(CONFIG)), config, uri, free)
         _check_whole(store)
     store.write_text(CONFIG, dump_config(config))
     store.write_text("environment.json", json.dumps(describe_environment(), indent=1))
@@ -73,7 +77,7 @@ def check_lasting(uri: str) -> None:
         )
 
 
-def _check_same(stored: dict[str, Any], config: Section, uri: str) -> None:
+def _check_same(stored: dict[str, Any], config: Section, uri: str, free_keys: Collection[str]) -> None:
     """Raise ValueError unless `config` computes what the stored one did; see `_restored` for missing keys."""
     try:
         stored = _restored(type(config), stored).model_dump(mode="json")
@@ -81,7 +85,7 @@ def _check_same(stored: dict[str, Any], config: Section, uri: str) -> None:
         logger.debug("run=%s was made with what is refused today: compared as it is", uri, exc_info=True)
     before, now = _flat(stored), _flat(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE_ON_RESUME)
+        free = any(key == name or key.startswith(f"{name}.") for name in free_keys)
         if not free and before.get(key) != now.get(key):
             raise ValueError(
                 f"{key}={now.get(key)} but the run at {uri} was made with {before.get(key)}: resume it with "

@@ -49,6 +49,9 @@ class EvaluatorsConfig(EvaluationConfig):
     """Logical CPUs reserved for each."""
     gpus_per_worker: float = Field(default=0.0, ge=0.0)
     """GPUs reserved for each."""
+    against: Literal["test", "train"] = "test"
+    """Real images that snapshots are compared with: held-out ones, or those of the training, which leaves the
+    held-out ones to figures that chose nothing."""
     every: int = Field(default=100, ge=0)
     """Steps between snapshots scored while training goes on; 0 scores only the end."""
 

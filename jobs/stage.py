@@ -59,15 +59,13 @@ def cast(
             "critics.transport=nixl needs the package nixl on every node: pip install nixl, or set "
             "critics.transport=object_store"
         )
-    pools = [
-        _critic_pool(critics, actors),
-        _evaluator_pool(evaluators, evaluators.workers if evaluation is not None else 0),
-        _trainer_pool(trainer),
-    ]
+    pools = cast_pools(
+        trainer, critics if panel is not None else None, evaluators if evaluation is not None else None
+    )
     strategy: Strategy = "SPREAD" if critics.replicas > 1 else "PACK"
     with reserve(plan(pools, strategy), timeout=PLACEMENT_TIMEOUT) as places:
         hosts = _hosts(places, panel, critics, actors, trainer, uri)
-        workers = _evaluators(places, evaluation, pools[1].count)
+        workers = _evaluators(places, evaluation, evaluators.workers)
         named = {host.name: host.actor for host in hosts} | {
             f"evaluator-{i}": a for i, a in enumerate(workers)
         }
@@ -88,6 +86,18 @@ def evaluators_on_stage(
         plan([_evaluator_pool(evaluators, evaluators.workers)]), timeout=PLACEMENT_TIMEOUT
     ) as places:
         yield _evaluators(places, evaluation, evaluators.workers)
+
+
+def cast_pools(
+    trainer: TrainerConfig,
+    critics: HostedCriticsConfig | None = None,
+    evaluators: EvaluatorsConfig | None = None,
+) -> list[Pool]:
+    """Return a training run's critic hosts, evaluation workers and trainers as pools, those it has none of
+    empty."""
+    found = [] if critics is None else [_critic_pool(critics, critics.actors)]
+    found += [] if evaluators is None else [_evaluator_pool(evaluators, evaluators.workers)]
+    return [*found, _trainer_pool(trainer)]
 
 
 def check_room(trainer: TrainerConfig) -> None:
@@ -128,6 +138,8 @@ def _evaluator_pool(evaluators: EvaluatorsConfig, count: int) -> Pool:
 
 
 def _evaluators(places: Reservation, evaluation: EvaluationRecipe | None, count: int) -> tuple[Any, ...]:
+    if evaluation is None:
+        return ()
     options = {"max_restarts": -1, "max_task_retries": 2, "runtime_env": {"env_vars": thread_env(1)}}
     return tuple(
         ray.remote(Evaluator).options(**options, **places.options("evaluators", i)).remote(evaluation)

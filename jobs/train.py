@@ -40,7 +40,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
         recipe = TeacherRecipe(
             config.data, config.unet, config.noise, config.teacher, config.seed, config.trainer.accumulate
         )
-        return LoopSpec(config.run, recipe, config.trainer.checkpoint_every)
+        return LoopSpec(config.run, recipe, config.trainer.checkpoint_every, config.trainer.keep_checkpoints)
 
     with launch("teacher", config.trainer) as run:
         with timed(seconds, "train"):

@@ -80,7 +80,9 @@ def main(config: PolicyTrainConfig) -> dict[str, Any]:
     recipe = recipe_of(config, collected)
     with launch("policy", config.trainer) as run:
         with timed(seconds, "train"):
-            spec = LoopSpec(config.run, recipe, config.trainer.checkpoint_every)
+            spec = LoopSpec(
+                config.run, recipe, config.trainer.checkpoint_every, config.trainer.keep_checkpoints
+            )
             result = run(lambda _: spec)
         if not result.finished:
             return stopped(config.run, result)

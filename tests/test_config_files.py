@@ -23,6 +23,7 @@ from jobs.serve import ServeConfig
 from jobs.settings import DistillConfig, TrainConfig
 from jobs.text_settings import DistillTextConfig
 from jobs.train_policy import PolicyTrainConfig
+from jobs.tune_settings import TuneConfig
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -30,7 +31,7 @@ MODELS: dict[str, type[Section]] = {
     "bench/memory": MemoryBenchConfig, "bench/scale": ScaleBenchConfig, "bench/sdxl": SdxlBenchConfig,
     "digits/ablation": AblateConfig, "digits/chaos": ChaosConfig, "digits/chaos_demo": DemoConfig,
     "digits/demo": DemoConfig, "digits/distill": DistillConfig, "digits/teacher": TrainConfig,
-    "digits/warmup": DistillConfig,
+    "digits/warmup": DistillConfig, "digits/sweep": TuneConfig, "digits/pbt": TuneConfig,
     "sdxl/distill": DistillTextConfig, "sdxl/tiny": DistillTextConfig, "sdxl/tiny_encode": EncodeConfig,
     "serve/bench": ServeBenchConfig, "serve/chaos": ServeChaosConfig, "serve/digits": ServeConfig,
     "serve/vla": ServeConfig,
@@ -38,7 +39,7 @@ MODELS: dict[str, type[Section]] = {
     "textures/warmup": DistillConfig,
     "vla/bench_gpu": SamplerBenchConfig, "vla/compare": RolloutConfig, "vla/demos": CollectConfig,
     "vla/joint": PolicyTrainConfig, "vla/policy": PolicyTrainConfig, "vla/rollout": RolloutConfig,
-    "vla/sweep": RolloutConfig,
+    "vla/sweep": RolloutConfig, "vla/tune": TuneConfig,
 }  # fmt: skip
 """The verb's model of each file; jobs.plan chooses its own."""
 
