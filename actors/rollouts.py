@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import ray
 from pydantic import Field
 
-from actors.sampler import Sampler
 from actors.watchdog import Watchdog
 from cluster.dumpable import dumpable
 from cluster.failures import reporting
@@ -28,6 +27,8 @@ from counterpoint.selection.config import SelectionConfig
 from counterpoint.selection.decision import Decision, Stream
 
 if TYPE_CHECKING:
+    # A worker that steps simulators loads neither torch nor transformers until it is sent a policy.
+    from actors.sampler import Sampler
     from counterpoint.environments.demonstrating import Recording
 
 
@@ -56,7 +57,7 @@ class WorkersConfig(Section):
 class RolloutJob:
     """What to play: a policy under a rule, or something scripted."""
 
-    sampler: Sampler | None = None
+    sampler: "Sampler | None" = None
     selection: SelectionConfig | None = None
     scripted: Scripted | None = None
     """Acts instead of a policy."""

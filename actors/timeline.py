@@ -13,13 +13,16 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from cluster.storage import RunStore
-from counterpoint.critics.group import Samples
-from counterpoint.critics.panel import Panel, PanelVerdict, Pending, group_name
+
+if TYPE_CHECKING:
+    # Ray Train's controller imports this module too, and need not load diffusers.
+    from counterpoint.critics.messages import Samples
+    from counterpoint.critics.panel import Panel, PanelVerdict, Pending
 
 Part = Literal["compute", "wire", "waiting"]
 KEPT = 3
@@ -118,13 +121,13 @@ class Recorder:
 class TimedPanel:
     """A `Panel` that tells a recorder when it was asked and when it answered; otherwise the panel itself."""
 
-    def __init__(self, panel: Panel, recorder: Recorder) -> None:
+    def __init__(self, panel: "Panel", recorder: Recorder) -> None:
         self.panel, self.recorder = panel, recorder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.panel, name)
 
-    def ask(self, samples: Samples, groups: Tensor) -> Pending:
+    def ask(self, samples: "Samples", groups: Tensor) -> "Pending":
         """Ask the panel; see `Panel.ask`."""
         begun = time.time()
         pending = self.panel.ask(samples, groups)
@@ -136,7 +139,7 @@ class TimedPanel:
         return _TimedPending(self, pending, begun, what_follows(samples))
 
 
-def what_follows(samples: Samples) -> str:
+def what_follows(samples: "Samples") -> str:
     """Return what a trainer does once it has the verdict on `samples`."""
     return "backward, averaging, optimizer" if samples.last else "backward, next forward"
 
@@ -144,11 +147,11 @@ def what_follows(samples: Samples) -> str:
 @dataclass(frozen=True)
 class _TimedPending:
     timed: TimedPanel
-    pending: Pending
+    pending: "Pending"
     asked: float
     after: str
 
-    def result(self) -> PanelVerdict:
+    def result(self) -> "PanelVerdict":
         panel, recorder = self.timed.panel, self.timed.recorder
         timings = getattr(panel, "timings", None)
         begun, wire = time.time(), getattr(timings, "wire_s", 0.0)
@@ -164,6 +167,8 @@ class _TimedPending:
 
 def lane(panel: Any, group: int) -> str:
     """Return the name of the row of a group; of its replicas each has its own."""
+    from counterpoint.critics.panel import group_name
+
     replica = getattr(panel.hosts[group], "replica", 0)
     return group_name(group) + (f" replica {replica}" if replica else "")
 

@@ -11,6 +11,7 @@ This package knows no role and imports none of the others. What lives here:
 - `reserve`: a plan held on a live cluster, or an error that explains.
 - `progress`: one line of live progress on a terminal.
 - `storage`, `checkpoints`, `metrics_log`: what a run writes, whole or not at all, to any fsspec store.
+- `checkpoint_names`: where checkpoints lie, for those that only look at a run.
 - `submission`: jobs sent to a cluster, their output, and how they ended.
 - `identity`: the id that everything of a run carries, and its `run.json`.
 - `roster`: the table of what runs where; pure.

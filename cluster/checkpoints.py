@@ -22,6 +22,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from cluster.checkpoint_names import FOLDER as FOLDER
+from cluster.checkpoint_names import NEVER_FINISHED, checkpoint_steps, step_folder
 from cluster.manifest import (
     MANIFEST,
     DamagedCheckpointError,
@@ -36,9 +38,6 @@ from cluster.storage import RunStore
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"
-NEVER_FINISHED = "the checkpoint was never finished"
-_STEP = re.compile(r"step-(\d{8,})")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _PART = re.compile(r"(.+)\.part-(\d+)")
 
@@ -193,17 +192,6 @@ def checkpoint_group(store: RunStore, step: int, name: str) -> tuple[dict[str, T
     if len(digests) == 1:
         return found, digests[0]
     return found, hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def step_folder(step: int) -> str:
-    """Return the folder of the checkpoint of `step` within the run."""
-    return f"{FOLDER}/step-{step:08d}"
-
-
-def checkpoint_steps(store: RunStore) -> list[int]:
-    """Return the steps, in order, for which there is a checkpoint directory, whole or not."""
-    found = (_STEP.fullmatch(name) for name in store.children(FOLDER))
-    return sorted(int(match.group(1)) for match in found if match)
 
 
 def prune_checkpoints(store: RunStore, keep: int = 2) -> None:

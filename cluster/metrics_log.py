@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any, Self
 
 from cluster.storage import RunStore
+
+if TYPE_CHECKING:
+    # Those that only read rows need not load torch.
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +134,8 @@ class _Board:
 
     def add(self, row: Mapping[str, Any]) -> None:
         if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(str(self.folder), purge_step=self._purge_step)
         for key, value in _scalars(row):
             self._writer.add_scalar(key, value, row["step"])

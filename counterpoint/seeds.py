@@ -6,8 +6,11 @@ draw the same numbers.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    # Simulators take seeds and no torch.
+    import torch
 
 Name = int | str
 
@@ -24,9 +27,11 @@ def seed_of(run_seed: int, *name: Name) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def generator(run_seed: int, *name: Name) -> torch.Generator:
+def generator(run_seed: int, *name: Name) -> "torch.Generator":
     """Return a CPU generator at the start of the stream `name`.
 
     Draws are made on the CPU and moved, because the same seed gives other numbers on another device.
     """
+    import torch
+
     return torch.Generator().manual_seed(seed_of(run_seed, *name))

@@ -37,6 +37,13 @@ crew       rollout workers and action samplers, placed and ready
 scale_*    simulated machines, their calibration by real steps here, and what bench scale shows of both
 sdxl_parts an SDXL-shaped cast from a configuration alone
 scoring    tables of figures, by evaluation workers or here
+tune             sweeps over a job's configuration (tune_settings, tune_check: what it takes and refuses)
+tune_sweep       a sweep's trials on Ray Tune: what comes next, and what is written down (tune_schedulers)
+tune_trial       a trial as Tune sees it; tune_run, tune_work: the actor of each of its runs
+tune_ledger      what is known of a sweep's trials, on storage
+tune_room        how many trials fit at once, and why
+tune_learned     the configuration that a member of a population has lived by
+tune_confirm     the best and the base on fresh seeds; tune_study: a sweep against its base at equal compute
 tune_parameter   the values of a key of a sweep's space, and the conditions under which they are tried
 tune_space       the space of a sweep, checked against the job; a configuration with a trial's values
 tune_search      what a trial tries, by Optuna; importance; what a population changes

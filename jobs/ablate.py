@@ -23,8 +23,9 @@ from counterpoint.section import Section
 from jobs import distill
 from jobs.config import run_job
 from jobs.overfit import overfit_gap
+from jobs.run_names import RunUri
 from jobs.runs import RESULTS, read_results
-from jobs.settings import DistillConfig, RunUri
+from jobs.settings import DistillConfig
 from jobs.table import text_table
 
 logger = logging.getLogger(__name__)

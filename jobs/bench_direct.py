@@ -18,8 +18,8 @@ from counterpoint.section import Section
 from counterpoint.seeds import generator
 from counterpoint.unet import null_class
 from jobs.config import run_job
+from jobs.run_names import RunUri
 from jobs.runs import load_pipeline
-from jobs.settings import RunUri
 
 
 class DirectBenchConfig(Section):

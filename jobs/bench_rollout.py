@@ -25,7 +25,7 @@ from counterpoint.section import Section
 from counterpoint.selection.config import SelectionConfig
 from jobs.crew import Stage, crew_on_stage
 from jobs.rollout_play import batches_of, difference
-from jobs.settings import RunUri
+from jobs.run_names import RunUri
 
 CHUNKS, MOST_WORDS = 64, 8
 

@@ -37,8 +37,8 @@ from jobs.load_answers import Asked
 from jobs.load_figures import spread
 from jobs.plain_server import PlainServerConfig
 from jobs.processes import SLACK_S, environment, free_port, module, pictures, result_from, run_load, server
+from jobs.run_names import RunUri
 from jobs.runs import load_pipeline, save_pipeline
-from jobs.settings import RunUri
 
 logger = logging.getLogger(__name__)
 

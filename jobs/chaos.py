@@ -19,7 +19,7 @@ from cluster.metrics_log import read_metrics
 from cluster.storage import RunStore
 from counterpoint.section import Section
 from jobs.config import run_job
-from jobs.settings import RunUri
+from jobs.run_names import RunUri
 from jobs.table import text_table
 
 logger = logging.getLogger(__name__)

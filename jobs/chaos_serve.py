@@ -35,8 +35,8 @@ from jobs.config import run_job
 from jobs.load import LoadConfig
 from jobs.load_figures import read_outcomes
 from jobs.processes import Load, environment, free_port, module, result_from, run_load, server
+from jobs.run_names import RunUri
 from jobs.runs import load_pipeline
-from jobs.settings import RunUri
 from jobs.table import text_table
 
 logger = logging.getLogger(__name__)

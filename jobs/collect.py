@@ -20,8 +20,8 @@ from counterpoint.environments.running import Build
 from counterpoint.section import Section
 from jobs.config import run_job
 from jobs.crew import crew_on_stage
+from jobs.run_names import RunUri
 from jobs.runs import open_run, write_results
-from jobs.settings import RunUri
 
 Kind = Literal["demonstration", "scene"]
 FOLDER = "demonstrations"

@@ -32,8 +32,8 @@ from counterpoint.prompts import TABLE, TableLayout, read_layout
 from counterpoint.section import Section
 from counterpoint.tiny_sdxl import TinySDXLConfig, build_tiny_sdxl
 from jobs.config import run_job
+from jobs.run_names import RunUri, absolute
 from jobs.runs import RESULTS, open_run, read_results, write_results
-from jobs.settings import RunUri, absolute
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from cluster.storage import RunStore
 from counterpoint.data import load_data
 from counterpoint.section import Section
 from jobs.config import run_job
+from jobs.run_names import RunUri
 from jobs.runs import load_pipeline, read_config
 from jobs.scoring import floor_row, references, rows, score_on_stage
-from jobs.settings import EvaluatorsConfig, RunUri, TrainConfig
+from jobs.settings import EvaluatorsConfig, TrainConfig
 from jobs.table import text_table
 
 

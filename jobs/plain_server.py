@@ -22,8 +22,8 @@ from counterpoint.pipeline import ClassConditionalPipeline
 from counterpoint.section import Section
 from counterpoint.seeds import generator
 from jobs.config import run_job
+from jobs.run_names import RunUri
 from jobs.runs import load_pipeline
-from jobs.settings import RunUri
 
 
 class PlainServerConfig(Section):

@@ -10,7 +10,8 @@ from pydantic import AfterValidator, Field
 from counterpoint.section import Section
 from jobs.config import choice, parse_config
 from jobs.config_source import read_file
-from jobs.settings import DistillConfig, TrainConfig, absolute
+from jobs.run_names import absolute
+from jobs.settings import DistillConfig, TrainConfig
 from jobs.text_settings import DistillTextConfig
 from jobs.train_policy import PolicyTrainConfig
 

@@ -14,14 +14,14 @@ import ray
 from pydantic import Field
 
 from cluster import identity, leftovers
-from cluster.checkpoints import FOLDER as CHECKPOINTS
+from cluster.checkpoint_names import FOLDER as CHECKPOINTS
 from cluster.observe import Unreachable, actor_table, observing
 from cluster.storage import RunStore
 from cluster.waiting import get
 from counterpoint.section import Section
 from jobs.config import run_job
+from jobs.run_names import RunUri
 from jobs.run_state import half_written
-from jobs.settings import RunUri
 from jobs.watched import bare
 
 logger = logging.getLogger(__name__)

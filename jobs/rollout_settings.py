@@ -12,7 +12,7 @@ from counterpoint.section import Section
 from counterpoint.selection.config import SelectionConfig
 from jobs.rollout_cells import Cell, slug
 from jobs.rollout_videos import VideosConfig
-from jobs.settings import RunUri
+from jobs.run_names import RunUri
 from jobs.train_policy import PolicyTrainConfig
 
 PLACEHOLDER = "{seed}"

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.checkpoints import NEVER_FINISHED, checkpoint_steps, step_folder
+from cluster.checkpoint_names import NEVER_FINISHED, checkpoint_steps, step_folder
 from cluster.identity import FAILURE_FILE, PLACEMENT_FILE
 from cluster.manifest import DamagedCheckpointError, read_manifest, verify_file
 from cluster.metrics_log import read_metrics
 from cluster.roster import Row, row_of
 from cluster.storage import RunStore
-from jobs.runs import CONFIG, RESULTS
+from jobs.run_names import CONFIG, RESULTS
 
 logger = logging.getLogger(__name__)
 

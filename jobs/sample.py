@@ -12,8 +12,8 @@ from counterpoint.grids import class_grid
 from counterpoint.section import Section
 from counterpoint.seeds import generator
 from jobs.config import run_job
+from jobs.run_names import RunUri
 from jobs.runs import load_pipeline
-from jobs.settings import RunUri
 
 
 class SampleConfig(Section):

@@ -4,7 +4,7 @@ from pydantic import Field
 
 from actors.serving.config import ServiceConfig
 from counterpoint.section import Section
-from jobs.settings import RunUri
+from jobs.run_names import RunUri
 
 
 class ServeConfig(ServiceConfig):

@@ -1,10 +1,8 @@
 """The configuration model of every training job; a field's default lives here or in the section it names."""
 
-import os
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from actors.training import TrainerConfig
 from actors.wire import COLLECTIVE, Transport, WireDtype
@@ -22,22 +20,7 @@ from counterpoint.student import StudentConfig
 from counterpoint.teacher import TeacherConfig
 from counterpoint.unet import UNetConfig
 from jobs.batch_sizes import check_batch_sizes
-
-STORAGE = "COUNTERPOINT_STORAGE"
-"""Variable that says below which folder or URI relative paths of runs lie; `jobs.submit storage=` sets it."""
-
-
-def absolute(uri: str) -> str:
-    """Return a storage URI that means the same in every process: a local path is made absolute."""
-    path = Path(uri).expanduser()
-    if "://" in uri or path.is_absolute():
-        return uri if "://" in uri else str(path)
-    base = os.environ.get(STORAGE, "").rstrip("/")
-    return f"{base}/{uri}" if base else str(path.absolute())
-
-
-RunUri = Annotated[str, AfterValidator(absolute)]
-"""A run's storage: a local path, s3://, gs:// or whatever fsspec knows."""
+from jobs.run_names import RunUri
 
 
 class EvaluatorsConfig(EvaluationConfig):

@@ -25,7 +25,7 @@ from counterpoint.section import Section
 from jobs.config import INTERRUPTED, run_job
 from jobs.config_source import read_file
 from jobs.config_yaml import write_yaml
-from jobs.settings import STORAGE
+from jobs.run_names import STORAGE
 
 logger = logging.getLogger(__name__)
 

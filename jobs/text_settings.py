@@ -14,7 +14,8 @@ from counterpoint.pairs import PairsConfig
 from counterpoint.section import Section
 from counterpoint.student import StudentConfig
 from jobs.encode import ModelUri
-from jobs.settings import HostedCriticsConfig, RunUri, check_distillation
+from jobs.run_names import RunUri
+from jobs.settings import HostedCriticsConfig, check_distillation
 
 
 class DistillTextConfig(Section):

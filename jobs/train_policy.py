@@ -25,9 +25,9 @@ from jobs.collect import CollectConfig
 from jobs.config import run_job
 from jobs.launch import launch, stopped
 from jobs.report import write_report
+from jobs.run_names import RunUri
 from jobs.runs import RESULTS, final_weights, open_run, read_config, write_results
 from jobs.scoring import timed
-from jobs.settings import RunUri
 
 
 class PolicyTrainConfig(Section):

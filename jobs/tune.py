@@ -9,10 +9,10 @@ from typing import Any
 from cluster.connect import connected, thread_env
 from cluster.placement import ClusterView
 from jobs.config import dump_config, run_job
+from jobs.run_names import STORAGE
 from jobs.runs import open_run, write_results
-from jobs.settings import STORAGE
 from jobs.tune_check import check_sweep, total_steps
-from jobs.tune_confirm import confirm
+from jobs.tune_confirm import Lineage, confirm
 from jobs.tune_learned import learned
 from jobs.tune_ledger import Ledger, TrialRecord, ranked
 from jobs.tune_report import write_tune_report
@@ -104,7 +104,7 @@ def concluded(
     }  # fmt: skip
     if finished and config.confirm.seeds:
         metric = config.confirm.metric or config.objective.metric
-        arms = {"best": lineage, "base": [(0, {})]}
+        arms: dict[str, Lineage] = {"best": lineage, "base": [(0, {})]}
         mode = config.objective.mode
         results["confirm"] = confirm(order, arms, config.confirm, metric, mode, at_once)
         headline |= {"confirmed": results["confirm"]["verdict"]}

@@ -48,7 +48,7 @@ def confirm(
         for place, seed in enumerate(config.seeds)
         for arm, lineage in arms.items()
     }  # fmt: skip
-    found = _run_all(wanted, order["host_options"], max(1, at_once))
+    found = run_all(wanted, order["host_options"], max(1, at_once))
     values = {arm: [float(found[arm, seed][metric]) for seed in config.seeds] for arm in arms}
     return compared(values, metric, mode) | {"seeds": list(config.seeds)}
 
@@ -76,13 +76,17 @@ def compared(values: Mapping[str, Sequence[float]], metric: str, mode: str) -> d
     }  # fmt: skip
 
 
-def _run_all(
+def run_all(
     wanted: Mapping[tuple[str, int], Mapping[str, Any]], options: Mapping[str, Any], at_once: int
 ) -> dict[tuple[str, int], dict[str, Any]]:
+    """Do runs, by arm and seed, in actors with `options`, some at a time; return their headlines.
+
+    Raises RuntimeError with the traceback of the first that fails.
+    """
     waiting = list(wanted)
     running: dict[tuple[str, int], tuple[Any, Any]] = {}
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    line = ProgressLine(len(wanted), "confirm", unit="runs")
+    line = ProgressLine(len(wanted), "runs", unit="runs")
     try:
         while waiting or running:
             while waiting and len(running) < at_once:

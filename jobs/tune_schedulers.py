@@ -17,8 +17,8 @@ from jobs.tune_trial import OBJECTIVE, STEP
 class ResumedASHA(ASHAScheduler):
     """ASHA that knows what the trials of the ledger have reached, so that a resumed sweep decides alike.
 
-    Tune stores no scheduler's state; the rungs are filled again from the reports of ended trials at the
-    beginning, and of an unfinished trial when it is added under its new id.
+    Tune stores no scheduler's state; the rungs are filled again from the reports in the ledger, and an
+    unfinished trial finds its own under its new id.
     """
 
     def __init__(self, config: AshaConfig, mode: Mode, total: int, records: Sequence[TrialRecord]) -> None:
@@ -26,19 +26,21 @@ class ResumedASHA(ASHAScheduler):
             time_attr=STEP, metric=OBJECTIVE, mode=mode, max_t=max(total - 1, config.grace_steps),
             grace_period=config.grace_steps, reduction_factor=config.reduction_factor, stop_last_trials=False,
         )  # fmt: skip
-        self.unfinished = {record.index: record for record in records if not record.ended}
         self.stopped: set[str] = set()
         """Ids of the trials that it has ended."""
+        (bracket,), sign = self._brackets, 1.0 if mode == "max" else -1.0
         for record in records:
-            if record.ended:
-                self._recall(SimpleNamespace(trial_id=f"ended-{record.index}"), record)
+            known: Any = SimpleNamespace(trial_id=_known(record.index))
+            for report in record.reports:
+                bracket.on_result(known, report.step, sign * report.value)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Take a trial in, with what it had reported before."""
         super().on_trial_add(tune_controller, trial)
-        earlier = self.unfinished.pop(trial.config.get("index", -1), None)
-        if earlier is not None:
-            self._recall(trial, earlier)
+        for _, recorded in self._brackets[0]._rungs:
+            known = _known(trial.config.get("index", -1))
+            if known in recorded:
+                recorded[trial.trial_id] = recorded.pop(known)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide, and remember whom it stops."""
@@ -51,10 +53,10 @@ class ResumedASHA(ASHAScheduler):
         """Forget a trial; its last result is the job's own figure, which no rung compares."""
         self._trial_info.pop(trial.trial_id, None)
 
-    def _recall(self, trial: Any, record: TrialRecord) -> None:
-        (bracket,), sign = self._brackets, 1.0 if self._mode == "max" else -1.0
-        for report in record.reports:
-            bracket.on_result(trial, report.step, sign * report.value)
+
+def _known(index: int) -> str:
+    """The id under which a trial of the ledger stands on the rungs until it is begun again."""
+    return f"known-{index}"
 
 
 def scheduler_of(
@@ -74,6 +76,7 @@ def scheduler_of(
 
     return PopulationBasedTraining(
         time_attr=STEP, metric=OBJECTIVE, mode=mode, perturbation_interval=config.interval,
+        burn_in_period=config.burn_in,
         hyperparam_mutations={"params": mutations(space, seed)}, quantile_fraction=config.quantile,
         resample_probability=config.resample, perturbation_factors=config.factors,
         custom_explore_fn=within_bounds, log_config=False,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from counterpoint.section import Section
-from jobs.settings import RunUri
+from jobs.run_names import RunUri
 from jobs.tune_space import Entry, check_space
 
 Mode = Literal["min", "max"]
@@ -55,6 +55,8 @@ class PbtConfig(Section):
     """PBT."""
     interval: int = Field(default=50, ge=1)
     """Steps between perturbations, a multiple of the base's trainer.checkpoint_every and evaluation.every."""
+    burn_in: int = Field(default=0, ge=0)
+    """Steps before which nobody is replaced, such as those in which only the heads learn."""
     quantile: float = Field(default=0.25, gt=0.0, le=0.5)
     """Share of the population that is replaced, and that is taken over from."""
     resample: float = Field(default=0.25, ge=0.0, le=1.0)

@@ -17,8 +17,8 @@ from cluster.roster import Row
 from cluster.storage import RunStore
 from cluster.waiting import get
 from counterpoint.section import Section
+from jobs.run_names import RunUri
 from jobs.run_state import kept_failure, kept_rows, stage_of
-from jobs.settings import RunUri
 
 logger = logging.getLogger(__name__)
 

@@ -5,13 +5,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY_FILES = tempfile.mkdtemp(prefix="ray-")  # pytest's own directories are too long for Ray's unix sockets
@@ -25,6 +26,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_ENABLE_AUTO_CONNECT="0",  # merely asking Ray something must not start a cluster
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # a process for every training, for what no test does
     RAY_USAGE_STATS_ENABLED="0",
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
@@ -137,6 +139,25 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> str:
+    """The folder `name`, which `make` has filled in one of the processes that share out this session's tests.
+
+    Tests only read there, or copy it.
+    """
+    root = factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+    run = root / f"tiny-{name}" / "run"
+    run.parent.mkdir(exist_ok=True)
+    with FileLock(run.parent / "lock"):
+        whole = run.parent / "whole"
+        if not whole.exists():
+            shutil.rmtree(run, ignore_errors=True)
+            make(run)
+            whole.touch()
+    return str(run)
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The storage URI of a finished teacher's run, trained for a few steps."""
@@ -144,9 +165,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     from jobs import train
 
-    run = tmp_path_factory.mktemp("teacher") / "run"
-    train.main(train_config(run))
-    return str(run)
+    return _made_once(tmp_path_factory, "teacher", lambda run: train.main(train_config(run)))
 
 
 @pytest.fixture(scope="session")
@@ -156,9 +175,9 @@ def tiny_run(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str
 
     from jobs import distill
 
-    run = tmp_path_factory.mktemp("student") / "run"
-    distill.main(distill_config(run, tiny_teacher))
-    return str(run)
+    return _made_once(
+        tmp_path_factory, "student", lambda run: distill.main(distill_config(run, tiny_teacher))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +187,6 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     from jobs import train_policy
 
-    folder = tmp_path_factory.mktemp("policy")
-    train_policy.main(policy_config(folder / "run", folder / "demos"))
-    return str(folder / "run")
+    return _made_once(
+        tmp_path_factory, "policy", lambda run: train_policy.main(policy_config(run, run.parent / "demos"))
+    )

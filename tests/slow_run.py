@@ -1,7 +1,5 @@
 """A training run that takes its time, as a process of its own for tests that look at it or kill it."""
 
-import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from actors.trainers import TeacherRecipe
 from actors.worker import Report
 from cluster.storage import RunStore
 from counterpoint.place import Place
-from jobs import logs, stacks, status, train
+from jobs import train
 from jobs.config import run_job
 from jobs.settings import TrainConfig
 
@@ -36,19 +34,6 @@ def stop_in_the_middle(now: int) -> None:
         time.sleep(10_000)
 
 
-def look(run: str) -> None:
-    """Print what the three verbs that only look say of a run, as one line of JSON."""
-    told = {
-        "status": status.main(status.StatusConfig(run=run)),
-        "logs": logs.main(logs.LogsConfig(run=run, role="trainer", errors=True)),
-        "stacks": stacks.main(stacks.StacksConfig(run=run)),
-    }
-    sys.stdout.write(json.dumps(told) + "\n")
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "look":
-        look(sys.argv[2])
-        os._exit(0)
     train.TeacherRecipe = StuckTeacher  # type: ignore[misc]
     run_job(train.main, TrainConfig, sys.argv[1:])

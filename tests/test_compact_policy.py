@@ -6,8 +6,9 @@ from torch import Tensor
 from vla_parts import inputs_of, policy, squares, words
 
 from counterpoint.policies.compact import CompactConfig, CompactPolicy
+from counterpoint.policies.masks import MASKS, Mask
 from counterpoint.policies.observation import ObservationSpace
-from counterpoint.policies.policy import MASKS, Inputs, Mask
+from counterpoint.policies.policy import Inputs
 from counterpoint.policies.prefix import join
 from counterpoint.policies.vision import VisionConfig, cell_of
 

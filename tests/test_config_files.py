@@ -24,6 +24,7 @@ from jobs.settings import DistillConfig, TrainConfig
 from jobs.text_settings import DistillTextConfig
 from jobs.train_policy import PolicyTrainConfig
 from jobs.tune_settings import TuneConfig
+from jobs.tune_study import TuneStudyConfig
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -32,6 +33,7 @@ MODELS: dict[str, type[Section]] = {
     "digits/ablation": AblateConfig, "digits/chaos": ChaosConfig, "digits/chaos_demo": DemoConfig,
     "digits/demo": DemoConfig, "digits/distill": DistillConfig, "digits/teacher": TrainConfig,
     "digits/warmup": DistillConfig, "digits/sweep": TuneConfig, "digits/pbt": TuneConfig,
+    "digits/pbt_study": TuneStudyConfig,
     "sdxl/distill": DistillTextConfig, "sdxl/tiny": DistillTextConfig, "sdxl/tiny_encode": EncodeConfig,
     "serve/bench": ServeBenchConfig, "serve/chaos": ServeChaosConfig, "serve/digits": ServeConfig,
     "serve/vla": ServeConfig,

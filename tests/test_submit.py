@@ -58,7 +58,9 @@ def head(token):
     flags = [f"--{name}" if value is None else f"--{name}={value}" for name, value in options.items()]
     process = subprocess.Popen(
         [str(BIN / "ray"), "start", "--head", "--block", *flags],
-        env=environment(token, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1"),
+        env=environment(
+            token, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1", RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0"
+        ),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -46,6 +46,7 @@ def logged_steps(uri):
     return [row["step"] for row in MetricsLog(RunStore(uri), tensorboard=False).read()]
 
 
+@pytest.mark.slow  # the last test here stops two workers too, and what goes on is one process's training
 def test_two_workers_stopped_and_resumed_train_what_one_process_does(ray_cluster, tmp_path):
     run, alone = str(tmp_path / "run"), str(tmp_path / "alone")
     spec = LoopSpec(run, recipe(SlowTeacher, run), checkpoint_every=5)
@@ -179,3 +180,4 @@ def test_what_two_workers_of_zero_3_began_one_of_ddp_ends(ray_cluster, tmp_path)
         TrainerConfig(workers=0, threads=1), lambda figures: None, StopSignal(),
     )  # fmt: skip
     assert largest_difference(run, alone) < 1e-4
+    assert logged_steps(run) == list(range(1, STEPS + 1))

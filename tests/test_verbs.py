@@ -13,7 +13,8 @@ import pytest
 from tiny_jobs import UNET
 
 from cluster import identity
-from cluster.checkpoints import FOLDER, MANIFEST
+from cluster.checkpoint_names import FOLDER
+from cluster.checkpoints import MANIFEST
 from cluster.leftovers import is_session_root, session_processes
 from cluster.node_tasks import _told
 from cluster.storage import RunStore
@@ -59,12 +60,13 @@ def test_a_run_is_seen_from_elsewhere_until_it_is_killed_and_reaped(stuck_run, c
     store, process, told = stuck_run
     facts = identity.known_facts(store)
     looked = subprocess.run(
-        [sys.executable, str(HERE / "slow_run.py"), "look", store.uri],
+        [sys.executable, str(HERE / "look_at_run.py"), store.uri],
         env=ENV, capture_output=True, text=True, timeout=170,
     )  # fmt: skip
     assert looked.returncode == 0, looked.stderr
     seen = json.loads(looked.stdout.splitlines()[-1])
 
+    assert seen["loaded"] == []  # who only looks waits for none of what trains
     rows = {f"{row['role']}-{row['rank']}": row for row in seen["status"]["rows"]}
     assert seen["status"]["state"] == "running"
     assert seen["status"]["checkpoint"] == 2

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from counterpoint.actions.tokenizer import Undecodable
 from counterpoint.exactness import Evaluate
+from counterpoint.policies.masks import Mask
 from counterpoint.policies.observation import Observation
-from counterpoint.policies.policy import Inputs, Mask, TokenPolicy
+from counterpoint.policies.policy import Inputs, TokenPolicy
 from counterpoint.policies.prefix import Prefix
 from counterpoint.policies.words import PAD, UNKNOWN
 from counterpoint.seeds import seed_of

@@ -2,13 +2,11 @@
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.image_processing_base import ImageProcessingMixin
 
 from counterpoint.data.images import ImageSet
 from counterpoint.metrics.classifier_training import ClassifierConfig, train_classifier
@@ -16,6 +14,10 @@ from counterpoint.metrics.extractor import FeatureNetwork
 from counterpoint.metrics.module_features import Preprocessing, wrap_module
 from counterpoint.section import Section
 from counterpoint.seeds import seed_of
+
+if TYPE_CHECKING:
+    # Loaded where a run names such a model: every evaluation worker would wait for it.
+    from transformers import PreTrainedModel
 
 CLASSIFIER = "classifier"
 HALF = (0.5,)
@@ -96,6 +98,8 @@ def _imported(path: str) -> Any:
 
 def _transformers_model(config: FeatureConfig, device: torch.device | str) -> FeatureNetwork:
     """Return a transformers vision model by folder or hub name, with the pixel scaling stored beside it."""
+    from transformers import AutoModel
+
     try:
         model: PreTrainedModel = AutoModel.from_pretrained(config.network, use_safetensors=True)
     except (OSError, ValueError) as error:
@@ -115,6 +119,8 @@ def _transformers_model(config: FeatureConfig, device: torch.device | str) -> Fe
 
 def _stored_scaling(network: str) -> dict[str, Any]:
     """Return the image processor's settings stored beside a transformers model, empty without any."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
     try:
         return ImageProcessingMixin.get_image_processor_dict(network)[0]
     except OSError:

@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
+from counterpoint.policies.masks import HIDES, Mask
 from counterpoint.policies.observation import ObservationSpace
-from counterpoint.policies.policy import HIDES, Inputs, Mask, check_mask
+from counterpoint.policies.policy import Inputs, check_mask
 from counterpoint.policies.prefix import Prefix, layers_of
 from counterpoint.policies.vision import PatchVision, PointerVision, VisionConfig
 from counterpoint.section import Section

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from counterpoint.policies.policy import Inputs, Mask, check_mask
+from counterpoint.policies.masks import Mask
+from counterpoint.policies.policy import Inputs, check_mask
 from counterpoint.policies.prefix import Prefix, join, layers_of
 
 

@@ -5,21 +5,12 @@ Any network that implements `TokenPolicy` can be sampled, scored and trained by 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 from torch import Tensor
 
+from counterpoint.policies.masks import HIDES, MASKS, Mask
 from counterpoint.policies.prefix import Prefix
-
-Mask = Literal["none", "text", "state", "both"]
-"""Which conditions a policy is not told."""
-MASKS: tuple[Mask, ...] = get_args(Mask)
-HIDES: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "text": ("text",),
-    "state": ("state",),
-    "both": ("text", "state"),
-}
 
 Inputs = Mapping[str, Tensor]
 """A batch of observations as tensors, the batch first in each; `PolicyBundle.prepare` makes it."""

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from counterpoint.policies.policy import Mask
+from counterpoint.policies.masks import Mask
 from counterpoint.section import Section
 
 Rule = Literal["greedy", "random", "likelihood", "entropy", "self_certainty", "masked_condition", "oracle"]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from counterpoint.policies.policy import Inputs, Mask, TokenPolicy
+from counterpoint.policies.masks import Mask
+from counterpoint.policies.policy import Inputs, TokenPolicy
 from counterpoint.seeds import generator
 from counterpoint.selection.confidence import (
     log_likelihood,

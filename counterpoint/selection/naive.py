@@ -7,7 +7,8 @@ one, no cache, images encoded anew.
 import torch
 from torch import Tensor
 
-from counterpoint.policies.policy import Inputs, Mask, TokenPolicy
+from counterpoint.policies.masks import Mask
+from counterpoint.policies.policy import Inputs, TokenPolicy
 from counterpoint.selection.config import SelectionConfig
 from counterpoint.selection.decoding import Candidates, draw, masks_of, scored_tokens, term
 
