@@ -79,5 +79,5 @@ def scheduler_of(
         burn_in_period=config.burn_in,
         hyperparam_mutations={"params": mutations(space, seed)}, quantile_fraction=config.quantile,
         resample_probability=config.resample, perturbation_factors=config.factors,
-        custom_explore_fn=within_bounds, log_config=False,
+        custom_explore_fn=within_bounds, log_config=False, synch=config.synchronous,
     )  # fmt: skip

@@ -57,6 +57,9 @@ class PbtConfig(Section):
     """Steps between perturbations, a multiple of the base's trainer.checkpoint_every and evaluation.every."""
     burn_in: int = Field(default=0, ge=0)
     """Steps before which nobody is replaced, such as those in which only the heads learn."""
+    synchronous: bool = False
+    """Members wait for each other after each interval: what is bred then does not depend on how fast each one
+    is, at the price of stopping and starting all of them."""
     quantile: float = Field(default=0.25, gt=0.0, le=0.5)
     """Share of the population that is replaced, and that is taken over from."""
     resample: float = Field(default=0.25, ge=0.0, le=1.0)
