@@ -16,7 +16,7 @@ from jobs.tune_confirm import Lineage, confirm
 from jobs.tune_learned import learned
 from jobs.tune_ledger import Ledger, TrialRecord, ranked
 from jobs.tune_report import write_tune_report
-from jobs.tune_room import TRIAL_CPUS, check_fits, in_process_cpus, room_for, run_pools
+from jobs.tune_room import TRIAL_CPUS, check_fits, process_options, room_for, run_pools
 from jobs.tune_search import check_pbt
 from jobs.tune_settings import PbtConfig, TuneConfig
 from jobs.tune_space import cells, laid_over, resolved, settled
@@ -75,7 +75,7 @@ def order_of(config: TuneConfig, base: Any, pools: Any) -> dict[str, Any]:
         "mode": config.objective.mode, "total": total, "pbt": pbt, "trial_cpus": TRIAL_CPUS,
         "cpus": TRIAL_CPUS + seeds * sum(pool.cpus * pool.count for pool in pools),
         "gpus": seeds * sum(pool.gpus * pool.count for pool in pools),
-        "host_options": {"num_cpus": in_process_cpus(pools), "runtime_env": {"env_vars": env}},
+        "host_options": {**process_options(pools), "runtime_env": {"env_vars": env}},
     }  # fmt: skip
 
 

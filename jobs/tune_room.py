@@ -48,13 +48,15 @@ def run_pools(job: str, config: Section) -> list[Pool]:
         evaluators = getattr(settings, "evaluation", None)
         pools = cast_pools(settings.trainer, critics, evaluators)
         if not settings.trainer.workers:
-            pools.append(Pool("process", 1, settings.trainer.cpus_per_worker, setting="trainer.workers"))
+            own = settings.trainer.cpus_per_worker, settings.trainer.gpus_per_worker
+            pools.append(Pool("process", 1, *own, setting="trainer.workers"))
     return [pool for pool in pools if pool.count]
 
 
-def in_process_cpus(pools: Sequence[Pool]) -> float:
-    """Return the logical CPUs that the process which starts a run computes with itself."""
-    return sum(pool.cpus for pool in pools if pool.name == "process")
+def process_options(pools: Sequence[Pool]) -> dict[str, float]:
+    """Return, as an actor's options, what the process that starts a run computes with itself."""
+    own = [pool for pool in pools if pool.name == "process"]
+    return {"num_cpus": sum(pool.cpus for pool in own), "num_gpus": sum(pool.gpus for pool in own)}
 
 
 def room_for(pools: Sequence[Pool], seeds: int, view: ClusterView) -> Room:
