@@ -113,10 +113,12 @@ def best_of_base(config: TuneStudyConfig, sweep: TuneConfig, seed: int) -> Chose
     root = f"{config.run.rstrip('/')}/base-{seed}"
     # Seeds of no other population.
     seeds = [1000 * (seed + 1) + member for member in range(sweep.trials)]
+    # Nobody looks at these while they run.
+    unseen = {"evaluation.every": 0} if getattr(base, "evaluation", None) else {}
     wanted: dict[tuple[str, int], dict[str, Any]] = {
         ("base", one): {
             "job": sweep.job, "base": sweep.base, "segments": [(0, {})], "run": f"{root}/seed-{one}",
-            "changes": {"seed": one},
+            "changes": {**unseen, "seed": one},
         }
         for one in seeds
     }  # fmt: skip

@@ -132,6 +132,10 @@ class Scribe(tune.Callback):
         done = sum(record.ended for record in ledger.trials.values())
         self.line = ProgressLine(max(1, config.trials), "sweep", start=done, unit="trials")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Tune keeps a copy on storage, which the ledger makes needless."""
+        return {}
+
     def on_trial_result(
         self, iteration: int, trials: Sequence[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:

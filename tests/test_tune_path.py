@@ -68,7 +68,7 @@ def process_of(config: dict[str, Any], folder: Path, address: str) -> subprocess
 
 def await_rows(run: str, rows: int, process: "subprocess.Popen[bytes] | None" = None) -> None:
     """Wait until a run has logged so many steps."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 150
     while len(read_metrics(RunStore(run))) < rows:
         assert time.monotonic() < deadline, f"{run} has no {rows} rows"
         assert process is None or process.poll() is None, "the driver ended"
@@ -93,7 +93,7 @@ def test_a_sweep_outlives_its_driver_a_host_and_a_failed_trial_and_is_extended(
     await_rows(f"{run}/trials/0000/seed-0", 5, driver)
     driver.kill()
     driver.wait()
-    killer = threading.Thread(target=kill_host, args=(f"{run}/trials/0002/seed-0",))
+    killer = threading.Thread(target=kill_host, args=(f"{run}/trials/0002/seed-0",), daemon=True)
     killer.start()
     result = tune.main(config.model_copy(update={"resume": True, "trials": 3}))
     killer.join()
