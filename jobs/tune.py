@@ -71,8 +71,8 @@ def order_of(config: TuneConfig, base: Any, pools: Any) -> dict[str, Any]:
     return {
         "run": config.run, "job": config.job, "base": config.base, "changes": kept,
         "seeds": config.objective.seeds, "seed": base.seed, "side_by_side": side_by_side,
-        "progress": config.objective.progress, "metric": config.objective.metric,
-        "mode": config.objective.mode, "total": total, "pbt": pbt, "trial_cpus": TRIAL_CPUS,
+        "progress": config.objective.progress, "every": config.objective.every,
+        "metric": config.objective.metric, "mode": config.objective.mode, "total": total, "pbt": pbt, "trial_cpus": TRIAL_CPUS,
         "cpus": TRIAL_CPUS + seeds * sum(pool.cpus * pool.count for pool in pools),
         "gpus": seeds * sum(pool.gpus * pool.count for pool in pools),
         "host_options": {**process_options(pools), "runtime_env": {"env_vars": env}},

@@ -52,6 +52,11 @@ def check_sweep(config: TuneConfig, base: Section) -> None:
         raise ValueError(
             f"scheduler.{name}={first} leaves nothing to decide in runs of {total} steps: lower it below that"
         )
+    if first % config.objective.every:
+        raise ValueError(
+            f"scheduler.{name}={first} is not a multiple of objective.every={config.objective.every}: no "
+            "report would come at that step"
+        )
     if isinstance(scheduler, PbtConfig):
         _check_population(config, scheduler, base)
 

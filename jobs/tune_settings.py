@@ -21,6 +21,9 @@ class ObjectiveConfig(Section):
     progress: str = ""
     """What trials are compared by while they run: the dotted key of a figure in a row of the run's
     `evaluations.jsonl`, else of `metrics.jsonl`, such as `steps_1.fd`; schedulers need it."""
+    every: int = Field(default=1, ge=1)
+    """Steps between reports: rows of steps that are no multiple are passed over. A key that every step has
+    needs this, as Tune takes a good part of a second for each report."""
     seeds: int = Field(default=1, ge=1)
     """Runs of each trial, with the seeds seed, seed + 1, ... of the base; a trial's figures are their means.
     They go on side by side where a scheduler compares trials, else one after the other."""

@@ -128,7 +128,8 @@ class SweepTrial(tune.Trainable):
             if self.order["progress"] and (result is None or "error" not in result):
                 rows = host.rows.remote(self.runs[seed], self.order["progress"], self.told)
                 try:
-                    self.seen[seed] |= dict(get(rows, ANSWER_S, "rows of a run"))
+                    new = dict(get(rows, ANSWER_S, "rows of a run"))
+                    self.seen[seed] |= {s: value for s, value in new.items() if s % self.order["every"] == 0}
                 except WaitTimeout as late:
                     logger.warning("%s; asking again", late)
             if result is not None:

@@ -91,6 +91,13 @@ def test_a_run_in_one_process_counts_as_one():
             },
             r"searcher.kind=tpe with scheduler.kind=pbt",
         ),
+        (
+            {
+                "scheduler": {"kind": "asha", "grace_steps": 50},
+                "objective": {"progress": "steps_1.fd", "every": 20},
+            },
+            r"grace_steps=50 is not a multiple of objective.every=20",
+        ),
         ({"confirm": {"seeds": [1], "changes": {"evaluation.sample": 3}}}, r"evaluation.sample"),
     ],
 )  # fmt: skip

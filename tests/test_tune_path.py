@@ -44,7 +44,7 @@ def base_of(teacher: str, steps: int, **options: Any) -> dict[str, Any]:
 
 def sweep_of(run: Path, base: dict[str, Any], **options: Any) -> dict[str, Any]:
     """A sweep over the refresh rate and the panel's weight, compared by the regression loss."""
-    objective = {"metric": "student_1_train_fd", "progress": "regression_loss"}
+    objective = {"metric": "student_1_train_fd", "progress": "regression_loss", "every": 3}
     return {
         "run": str(run), "base": base, "space": SPACE, "objective": objective, "trials": 2,
     } | options  # fmt: skip
@@ -124,25 +124,29 @@ def test_a_sweep_outlives_its_driver_a_host_and_a_failed_trial_and_is_extended(
 
 def test_an_early_stop_leaves_nothing_reserved(ray_cluster, tiny_teacher, tmp_path):
     """Trials of Ray Train's workers and critics in actors, of which one fits at a time."""
-    base = base_of(tiny_teacher, 400)
+    base = base_of(tiny_teacher, 60)
     base["critics"] = CRITICS | {"actors": 1, "cpus_per_actor": 0.5}
     base["trainer"] = {"workers": 1, "threads": 1, "checkpoint_every": 100, "cpus_per_worker": 2.0}
-    base["evaluation"] = {"workers": 1, "samples": 40, "every": 20, "cpus_per_worker": 0.25}
+    base["evaluation"] = {"workers": 0, "samples": 40}
     config = TuneConfig.model_validate(
         sweep_of(
             tmp_path / "sweep", base,
-            # The second learns nothing, which the scheduler is told is worse.
-            space={"adversarial.optimizer.learning_rate": {"grid": [1e-3, 1e-9]}},
-            objective={"metric": "student_1_train_fd", "progress": "gradient_norm", "mode": "max"},
-            scheduler={"kind": "asha", "grace_steps": 20, "reduction_factor": 2},
+            # What is compared is what is tried: the second is worse for certain.
+            space={"adversarial.optimizer.learning_rate": {"grid": [1e-3, 1e-6]}},
+            objective={
+                "metric": "student_1_train_fd", "mode": "max", "progress": "learning_rate", "every": 20,
+            },
+            scheduler={"kind": "asha", "grace_steps": 20, "reduction_factor": 4},
         )
     )  # fmt: skip
     held = set(placement_group_table())
     result = tune.main(config)
     left = {id for id, group in placement_group_table().items() if group["state"] != "REMOVED"} - held
     assert left == set()
-    assert result["done"] + result["stopped"] == 2
-    assert result["steps"] < result["steps_without_stopping"] or result["stopped"] == 0
+    records = Ledger(RunStore(config.run)).in_order()
+    assert [record.state for record in records] == ["done", "stopped"]
+    assert [report.step for report in records[1].reports] == [20]
+    assert result["steps_without_stopping"] == 2 * 60
 
 
 def test_what_a_population_learned_is_replayed_as_one_run(ray_cluster, tiny_teacher, tmp_path):
