@@ -16,6 +16,7 @@ from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 from tiny_jobs import CRITICS
 
+from cluster.checkpoints import latest_checkpoint
 from cluster.identity import read_facts
 from cluster.metrics_log import read_metrics
 from cluster.storage import RunStore
@@ -23,8 +24,10 @@ from jobs import distill, tune
 from jobs.runs import read_results
 from jobs.settings import DistillConfig
 from jobs.tune_ledger import Ledger, TrialRecord
+from jobs.tune_room import run_pools
 from jobs.tune_settings import TuneConfig
-from jobs.tune_space import laid_over
+from jobs.tune_space import laid_over, resolved
+from jobs.tune_trial import SweepTrial
 
 WEIGHT, RATE = "adversarial.adversarial_weight", "critics.refresh_rate"
 SPACE: dict[str, Any] = {RATE: {"loguniform": [0.001, 0.1]}, WEIGHT: {"uniform": [0.01, 0.5]}}
@@ -75,6 +78,11 @@ def await_rows(run: str, rows: int, process: "subprocess.Popen[bytes] | None" = 
         time.sleep(0.02)
 
 
+def groups() -> set[str]:
+    """Ids of the placement groups that are there."""
+    return {id for id, group in placement_group_table().items() if group["state"] != "REMOVED"}
+
+
 def kill_host(run: str) -> None:
     """Kill the process that does a run, once it has taken some steps."""
     await_rows(run, 5)
@@ -122,31 +130,29 @@ def test_a_sweep_outlives_its_driver_a_host_and_a_failed_trial_and_is_extended(
         tune.main(config.model_copy(update={"resume": True, "seed": 5}))
 
 
-def test_an_early_stop_leaves_nothing_reserved(ray_cluster, tiny_teacher, tmp_path):
-    """Trials of Ray Train's workers and critics in actors, of which one fits at a time."""
-    base = base_of(tiny_teacher, 60)
+def test_a_trial_that_is_stopped_leaves_nothing_reserved(ray_cluster, tiny_teacher, tmp_path):
+    """One of Ray Train's workers and critics in an actor, stopped after its first report as ASHA would."""
+    base = base_of(tiny_teacher, 2000)
     base["critics"] = CRITICS | {"actors": 1, "cpus_per_actor": 0.5}
-    base["trainer"] = {"workers": 1, "threads": 1, "checkpoint_every": 100, "cpus_per_worker": 2.0}
-    base["evaluation"] = {"workers": 0, "samples": 40}
-    config = TuneConfig.model_validate(
-        sweep_of(
-            tmp_path / "sweep", base,
-            # What is compared is what is tried: the second is worse for certain.
-            space={"adversarial.optimizer.learning_rate": {"grid": [1e-3, 1e-6]}},
-            objective={
-                "metric": "student_1_train_fd", "mode": "max", "progress": "learning_rate", "every": 20,
-            },
-            scheduler={"kind": "asha", "grace_steps": 20, "reduction_factor": 4},
-        )
-    )  # fmt: skip
-    held = set(placement_group_table())
-    result = tune.main(config)
-    left = {id for id, group in placement_group_table().items() if group["state"] != "REMOVED"} - held
-    assert left == set()
-    records = Ledger(RunStore(config.run)).in_order()
-    assert [record.state for record in records] == ["done", "stopped"]
-    assert [report.step for report in records[1].reports] == [20]
-    assert result["steps_without_stopping"] == 2 * 60
+    base["trainer"] = {"workers": 1, "threads": 1, "checkpoint_every": 10, "cpus_per_worker": 2.0}
+    config = TuneConfig.model_validate(sweep_of(tmp_path / "sweep", base))
+    job = resolved(config.job, config.base)
+    order = tune.order_of(config, job, run_pools(config.job, job))
+    record = Ledger(RunStore(config.run)).put(TrialRecord(0, {RATE: 0.01}))
+    before = groups()
+    trial = SweepTrial(config={"sweep": order, "params": dict(record.params), "index": 0})
+    told = trial.step()
+    assert told["step"] % 3 == 0
+    assert not told.get("done")
+    assert len(groups() - before) == 2  # ours and Ray Train's
+    trial.cleanup()
+    deadline = time.monotonic() + 60
+    while groups() - before:
+        assert time.monotonic() < deadline, "placement groups stay reserved"
+        time.sleep(0.2)
+    run = RunStore(f"{config.run}/trials/0000/seed-0")
+    assert read_facts(run)["outcome"] == "stopped"
+    assert latest_checkpoint(run) is not None
 
 
 def test_what_a_population_learned_is_replayed_as_one_run(ray_cluster, tiny_teacher, tmp_path):
