@@ -7,8 +7,10 @@ import time
 from typing import Any
 
 from cluster.connect import connected, thread_env
+from cluster.identity import current, use
 from cluster.placement import ClusterView
 from jobs.config import dump_config, run_job
+from jobs.rollout_policies import train_missing
 from jobs.run_names import STORAGE
 from jobs.runs import open_run, write_results
 from jobs.tune_check import check_sweep, total_steps
@@ -45,6 +47,11 @@ def main(config: TuneConfig) -> dict[str, Any]:
     pools = run_pools(config.job, base)
     order = order_of(config, base, pools)
     with connected(include_dashboard=True):
+        if config.job == "rollout":
+            # Once, before trials that all play the same policies; training has a run of its own.
+            mine = current()
+            train_missing(base)  # type: ignore[arg-type]
+            use(mine)
         room = room_for(pools, config.objective.seeds if order["side_by_side"] else 1, ClusterView.from_ray())
         check_fits(room, pools)
         at_once = min(room.trials, config.concurrent or room.trials, max(1, trials))

@@ -35,13 +35,8 @@ def run_pools(job: str, config: Section) -> list[Pool]:
     """
     settings: Any = config
     if job == "rollout":
+        # Policies that are still to be trained are trained before the first trial.
         pools = crew_pools(settings.workers, settings.samplers)
-        arms = [arm.train.trainer for arm in settings.policies if arm.train is not None]
-        # Policies that are still to be trained are trained first, one after the other.
-        trainers = [cast_pools(trainer)[-1] for trainer in arms if trainer.workers]
-        play = sum(pool.cpus * pool.count for pool in pools)
-        larger = [pool for pool in trainers if pool.cpus * pool.count > play]
-        pools = [max(larger, key=lambda pool: pool.cpus * pool.count)] if larger else pools
     else:
         adversarial = getattr(settings, "adversarial", None)
         critics = settings.critics if adversarial is not None and adversarial.uses_panel else None

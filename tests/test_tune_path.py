@@ -192,7 +192,7 @@ def test_a_driver_killed_five_times_ends_with_the_undisturbed_table(tiny_teacher
         for _ in range(kills):
             process = process_of(settings, folder, "")
             with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(draws.uniform(14.0, 40.0))
+                process.wait(draws.uniform(15.0, 60.0))
             process.kill()
             process.wait()
         assert process_of(settings, folder, "").wait(600) == 0, (folder / "driver.log").read_text()[-3000:]
