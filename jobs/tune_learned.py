@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from counterpoint.schedules import SCHEDULES
 from counterpoint.section import Section
 from jobs.progress import progress_of
-from jobs.tune_space import laid_over, resolved
+from jobs.tune_space import laid_over, resolved, schedule_field
 
 Lineage = Sequence[tuple[int, Mapping[str, Any]]]
 """Parameters by the step from which they hold, the first from step 0."""
-KINDS = {schedule.model_fields["kind"].annotation.__args__[0] for schedule in SCHEDULES}  # type: ignore[union-attr]
 
 
 def learned(job: str, base: Mapping[str, Any], lineage: Lineage) -> dict[str, Any]:
@@ -26,23 +24,8 @@ def learned(job: str, base: Mapping[str, Any], lineage: Lineage) -> dict[str, An
         return data
     configs = [(step, resolved(job, laid_over(base, params))) for step, params in lineage]
     lives = [(step, config.model_dump(mode="json")) for step, config in configs]
-    fields = {scheduled_field(lives[0][1], key) for _, params in lineage for key in params}
+    fields = {schedule_field(job, base, key) for _, params in lineage for key in params}
     return laid_over(data, {field: _pieces(configs[0][1], field, lives) for field in sorted(fields)})
-
-
-def scheduled_field(data: Mapping[str, Any], key: str) -> str:
-    """Return the dotted key of the number or schedule in a resolved configuration that `key` is, or is in.
-
-    Raises ValueError if it is in none.
-    """
-    parts = key.split(".")
-    for length in range(1, len(parts) + 1):
-        field = ".".join(parts[:length])
-        value = value_of(data, field)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number or (isinstance(value, Mapping) and value.get("kind") in KINDS):
-            return field
-    raise ValueError(f"{key} is no number that may change over training, nor within its schedule")
 
 
 def value_of(data: Mapping[str, Any], field: str) -> Any:

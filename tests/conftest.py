@@ -34,7 +34,8 @@ os.environ.update(
 
 NAMESPACE = "test"
 LONGEST = (
-    "test_training_ray", "test_strategies", "test_tune_path", "test_submit", "test_nodes", "test_verbs", "test_text_path",
+    "test_training_ray", "test_strategies", "test_tune_path", "test_submit", "test_nodes", "test_verbs",
+    "test_text_path",
     "test_panel_actors", "test_panel_run", "test_scale", "test_serve_path", "test_panel_replicas",
     "test_mistakes", "test_doctor", "test_footprint", "test_plan", "test_jobs", "test_vla_path",
     "test_failure_card", "test_timeline", "test_rollout", "test_notebook", "test_hosted_group",
