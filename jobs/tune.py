@@ -23,7 +23,7 @@ from jobs.tune_search import check_pbt
 from jobs.tune_settings import PbtConfig, TuneConfig
 from jobs.tune_space import cells, laid_over, resolved, settled
 from jobs.tune_sweep import sweep
-from jobs.tune_table import table
+from jobs.tune_table import csv_table, table
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ def main(config: TuneConfig) -> dict[str, Any]:
     results["room"] = {"trials": room.trials, "why": room.why, "at_once": at_once}
     if finished:
         write_results(store, results)
-    sys.stderr.write(table(ledger.in_order(), config.objective.mode) + "\n")
+    records, mode = ledger.in_order(), config.objective.mode
+    store.write_text("trials.csv", csv_table(records, mode))
+    sys.stderr.write(table(records, mode) + "\n")
     headline = results["headline"] if finished else {"go_on_with": "resume=true", **results["headline"]}
     return {"run": config.run, **headline, "report": write_tune_report(store)}
 
