@@ -1,18 +1,20 @@
-"""The forward process and the teacher's loss: noise schedule, prediction types, condition dropout."""
+"""The forward process and the teacher's loss: diffusion or flow, noise schedule, condition dropout."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler
-from pydantic import Field
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from counterpoint.flow import Process, flow_sigmas, flow_state, follows_flow
 from counterpoint.section import Section
 
 BetaSchedule = Literal["squaredcos_cap_v2", "linear", "scaled_linear"]
 PredictionType = Literal["v_prediction", "epsilon", "sample"]
+NoiseScheduler = DDPMScheduler | FlowMatchEulerDiscreteScheduler
 
 
 class NoiseConfig(Section):
@@ -24,6 +26,27 @@ class NoiseConfig(Section):
     """How the noise grows over the timesteps."""
     prediction_type: PredictionType = "v_prediction"
     """What the network predicts."""
+    process: Process = "diffusion"
+    """diffusion: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) e. flow: x_t = (1 - sigma) x_0 + sigma e, of which
+    the network predicts the velocity e - x_0; see `counterpoint.flow`."""
+    shift: float = Field(default=1.0, gt=0.0)
+    """How far a flow's noise levels, in training and sampling, lean to noise; 1 spreads sigma evenly."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "NoiseConfig":
+        fields = type(self).model_fields
+        for name in ("beta_schedule", "prediction_type") if self.process == "flow" else ("shift",):
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no meaning with process={self.process}: leave it out"
+                )
+        return self
+
+    def diffusion_options(self) -> dict[str, Any]:
+        """Return the arguments of diffusers' schedulers of a diffusion; raises ValueError for a flow."""
+        if self.process == "flow":
+            raise ValueError("process=flow has no alphas_cumprod: set noise.process=diffusion")
+        return self.model_dump(exclude={"process", "shift"})
 
 
 class LatentNoiseConfig(NoiseConfig):
@@ -37,11 +60,27 @@ class LatentNoiseConfig(NoiseConfig):
     """Noise added at the first timestep."""
     beta_end: float = Field(default=0.012, gt=0.0, lt=1.0)
     """Noise added at the last timestep."""
+    process: Literal["diffusion"] = "diffusion"
+    """Flows of latents are not trained here."""
 
 
-def build_noise_scheduler(config: NoiseConfig) -> DDPMScheduler:
-    """Return the diffusers scheduler that holds the forward process (`alphas_cumprod`, `add_noise`)."""
-    return DDPMScheduler(clip_sample=False, **config.model_dump())
+def build_noise_scheduler(config: NoiseConfig) -> NoiseScheduler:
+    """Return the diffusers scheduler that holds the forward process.
+
+    A diffusion's has `alphas_cumprod` and `add_noise`; a flow's, FlowMatchEulerDiscreteScheduler, neither.
+    """
+    if config.process == "flow":
+        return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.shift)
+    return DDPMScheduler(clip_sample=False, **config.diffusion_options())
+
+
+def check_distillable(config: NoiseConfig, teacher: str) -> None:
+    """Raise ValueError if the teacher at the URI `teacher` is a flow, from which no student is distilled."""
+    if config.process == "flow":
+        raise ValueError(
+            f"teacher={teacher} is a flow (noise.process=flow), and critics and students need a diffusion's "
+            "alphas_cumprod: train a teacher with noise.process=diffusion, such as configs/digits/teacher.yaml"
+        )
 
 
 def alpha_sigma(alphas_cumprod: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,8 +113,24 @@ def predict_x0(
     return (x_t - sigma * output) / alpha
 
 
-def training_target(scheduler: DDPMScheduler, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what the network should predict for x_t made of `sample` and `noise` at `timesteps`."""
+def noisy_input(
+    scheduler: NoiseScheduler, sample: Tensor, noise: Tensor, timesteps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return x_t [B,C,H,W] at the noise levels `timesteps` [B], and the times [B] that the network hears.
+
+    A diffusion's network hears the levels themselves, a flow's num_train_timesteps * sigma (float32).
+    """
+    if not follows_flow(scheduler):
+        return scheduler.add_noise(sample, noise, timesteps), timesteps
+    horizon = scheduler.config.num_train_timesteps
+    sigmas = flow_sigmas(timesteps, horizon, scheduler.config.shift)
+    return flow_state(sample, noise, sigmas), horizon * sigmas
+
+
+def training_target(scheduler: NoiseScheduler, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return what the network should predict for x_t made of `sample` and `noise` at levels `timesteps`."""
+    if follows_flow(scheduler):
+        return noise - sample
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "sample":
         return sample
@@ -99,7 +154,7 @@ class NoisyBatch:
     labels: Tensor
     """Conditions [B] after dropout."""
     timesteps: Tensor
-    """Noise levels [B]."""
+    """Noise levels int64 [B], from 0; what sigma each is for a flow, `counterpoint.flow.flow_sigmas` says."""
     noise: Tensor
     """Gaussian noise [B,C,H,W]."""
 
@@ -117,21 +172,26 @@ def draw_noisy_batch(
     null: int,
     condition_dropout: float,
     generator: torch.Generator,
+    within: range | None = None,
 ) -> NoisyBatch:
-    """Draw a batch with replacement from images [N,C,H,W] and labels [N], with noise at uniform timesteps."""
+    """Draw a batch with replacement from images [N,C,H,W] and labels [N], with noise at uniform timesteps.
+
+    The timesteps are those below `timesteps`, or of `within` where it is given.
+    """
+    within = within or range(timesteps)
     index = torch.randint(0, len(labels), (batch,), generator=generator)
-    t = torch.randint(0, timesteps, (batch,), generator=generator)
+    t = torch.randint(within.start, within.stop, (batch,), generator=generator)
     noise = torch.randn((batch, *images.shape[1:]), generator=generator)
     condition = drop_condition(labels[index], null, condition_dropout, generator)
     return NoisyBatch(images[index], condition, t, noise)
 
 
-def diffusion_loss(unet: Any, scheduler: DDPMScheduler, batch: NoisyBatch) -> Tensor:
-    """Return the mean squared error of the network's prediction on `batch`, a scalar.
+def diffusion_loss(unet: Any, scheduler: NoiseScheduler, batch: NoisyBatch) -> Tensor:
+    """Return the mean squared error of the network's prediction on `batch`, a scalar; for flows as well.
 
     `unet` may be wrapped (DistributedDataParallel): only its call is used.
     """
-    noisy = scheduler.add_noise(batch.images, batch.noise, batch.timesteps)
-    output = unet(noisy, batch.timesteps, class_labels=batch.labels).sample
+    noisy, heard = noisy_input(scheduler, batch.images, batch.noise, batch.timesteps)
+    output = unet(noisy, heard, class_labels=batch.labels).sample
     target = training_target(scheduler, batch.images, batch.noise, batch.timesteps)
     return F.mse_loss(output, target)
