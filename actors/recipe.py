@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 
 from actors.prompted import PromptsRecipe, load_prompted_unet, prompted_encoder, prompted_shape
 from cluster.storage import RunStore
@@ -16,6 +15,7 @@ from counterpoint.critics.panel import LocalPanel
 from counterpoint.critics.pool import Pool, build_pool
 from counterpoint.critics.views import patch_side
 from counterpoint.diffusion import NoiseConfig, build_noise_scheduler
+from counterpoint.unet import load_saved
 
 PIPELINE = "pipeline"
 
@@ -35,7 +35,7 @@ class PanelRecipe:
     """Panel steps of the whole training, in which numbers of `critics` may change; 0 where nobody knows."""
 
 
-def load_unet(uri: str) -> UNet2DModel:
+def load_unet(uri: str) -> Any:
     """Load the network of a run's saved pipeline from any storage, with diffusers' `from_pretrained`."""
     store = RunStore(uri)
     if not store.exists(f"{PIPELINE}/unet/config.json"):
@@ -43,7 +43,7 @@ def load_unet(uri: str) -> UNet2DModel:
             f"{uri} holds no trained pipeline: give the URI of a finished run of jobs.train or jobs.distill"
         )
     with store.local_folder(f"{PIPELINE}/unet") as folder:
-        return UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
+        return load_saved(folder)
 
 
 def load_network(recipe: PanelRecipe) -> Any:

@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 
 import torch
+from diffusers import SchedulerMixin
 from pydantic import Field
 from torch import Tensor
 
+from counterpoint.guidance import GuiderConfig, build_guider
 from counterpoint.metrics.extractor import FeatureNetwork
 from counterpoint.metrics.score import Scores
 from counterpoint.pipeline import ClassConditionalPipeline
+from counterpoint.sampling import sample
 from counterpoint.section import Section
 from counterpoint.seeds import generator
+from counterpoint.unet import null_class
 
 
 class EvaluationConfig(Section):
@@ -22,6 +26,10 @@ class EvaluationConfig(Section):
     """Images generated at once."""
     seed: int = 1234
     """Seed of the images' noise; image i depends on it and on i alone."""
+    guider: GuiderConfig = GuiderConfig()
+    """Guidance; none by default."""
+    unconditional: bool = False
+    """Generate under the null class: the unconditional model, whose images have no class to be judged by."""
 
 
 def generate(
@@ -29,18 +37,20 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Generate the images numbered `indices`: [n,C,H,W] in [-1,1] on the CPU, and their labels [n].
 
-    Image i has class i modulo the number of classes and noise from its own stream, so it does not depend on
-    which other images are made with it beyond the rounding of batched arithmetic.
+    Image i has class i modulo the number of classes (the null class where `config.unconditional`) and noise
+    from its own stream, so it does not depend on which other images are made with it beyond the rounding of
+    batched arithmetic.
     """
-    classes = int(pipeline.unet.config.num_class_embeds) - 1
+    null = null_class(pipeline.unet)
+    guider = build_guider(config.guider)
     pipeline.set_progress_bar_config(disable=True)
     images = []
-    labels = torch.tensor([i % classes for i in indices])
+    labels = torch.tensor([null if config.unconditional else i % null for i in indices])
     for start in range(0, len(indices), config.batch_size):
         part = indices[start : start + config.batch_size]
         streams = [generator(config.seed, "evaluate", i) for i in part]
         own = labels[start : start + len(part)]
-        made = pipeline(own, steps, generator=streams, output_type="pt", return_dict=False)
+        made = pipeline(own, steps, generator=streams, output_type="pt", return_dict=False, guider=guider)
         images.append(made[0])
     return torch.cat(images), labels
 
@@ -58,5 +68,33 @@ def score_shard(
     indices = range(shard, config.samples, shards)
     if indices:
         images, labels = generate(pipeline, indices, steps, config)
-        scores.update(images, labels, network)
+        scores.update(images, None if config.unconditional else labels, network)
     return scores
+
+
+@torch.no_grad()
+def solver_errors(
+    pipeline: ClassConditionalPipeline,
+    reference: SchedulerMixin,
+    reference_steps: int,
+    steps: Sequence[int],
+    samples: int,
+    config: EvaluationConfig,
+) -> dict[int, float]:
+    """Return the root mean square distance of `samples` images in `steps` to those of a fine solution.
+
+    Both start from the same noise, that of `generate`, under the same guidance, and neither is clamped. The
+    fine solution is that of `reference` in `reference_steps`.
+    """
+    null, side = null_class(pipeline.unet), pipeline.unet.config.sample_size
+    shape = (pipeline.unet.config.in_channels, side, side)
+    streams = (generator(config.seed, "evaluate", i) for i in range(samples))
+    noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(pipeline.device)
+    labels = torch.tensor([null if config.unconditional else i % null for i in range(samples)])
+
+    def solved(scheduler: SchedulerMixin, count: int) -> Tensor:
+        guider = build_guider(config.guider)
+        return sample(pipeline.unet, scheduler, noise, labels.to(noise.device), count, guider=guider)[0]
+
+    fine = solved(reference, reference_steps)
+    return {n: float((solved(pipeline.scheduler, n) - fine).square().mean().sqrt()) for n in steps}

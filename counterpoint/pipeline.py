@@ -9,7 +9,9 @@ from torch import Tensor
 
 # diffusers loads a saved scheduler only from a module that has been imported.
 import counterpoint.scheduler  # noqa: F401
+from counterpoint.guidance import BaseGuidance
 from counterpoint.sampling import Generators, sample
+from counterpoint.unet import null_class
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -35,17 +37,22 @@ class ClassConditionalPipeline(DiffusionPipeline):
         generator: Generators = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        guider: BaseGuidance | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate one image for each entry of `class_labels` [B].
 
         `generator` is one torch.Generator for the batch, or one per image, in which case an image does not
         depend on its neighbours. `output_type` is "pil", "np" ([B,H,W,C] in [0,1]) or "pt" ([B,C,H,W] in
-        [-1,1]). Raises ValueError for a class the network does not know.
+        [-1,1]). A `guider` (see `counterpoint.guidance`) takes the place of `guidance_scale`. The label after
+        the last class is the null class: the unconditional model. Raises ValueError for a class that the
+        network does not know.
         """
         labels = torch.as_tensor(class_labels, dtype=torch.long, device=self.unet.device)
-        classes = int(self.unet.config.num_class_embeds) - 1
-        if labels.numel() == 0 or labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"class_labels={labels.tolist()} must be classes from 0 to {classes - 1}")
+        classes = null_class(self.unet)
+        if labels.numel() == 0 or labels.min() < 0 or labels.max() > classes:
+            raise ValueError(
+                f"class_labels={labels.tolist()} must be classes from 0 to {classes - 1}, {classes} for none"
+            )
         side, channels = self.unet.config.sample_size, self.unet.config.in_channels
         shape = (len(labels), channels, side, side)
         x = randn_tensor(shape, generator=generator, device=self.unet.device, dtype=self.unet.dtype)
@@ -58,6 +65,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             guidance_scale,
             generator,
             progress=self.progress_bar,
+            guider=guider,
         )
         images = self._as(output_type, x.clamp(-1.0, 1.0).cpu())
         return ImagePipelineOutput(images=images) if return_dict else (images,)

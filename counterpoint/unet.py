@@ -1,5 +1,7 @@
 """The network of teacher and student: diffusers' UNet2DModel, class-conditional, with a null class."""
 
+import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,20 @@ def build_unet(config: UNetConfig, channels: int, side: int, num_classes: int, s
             dropout=config.dropout,
             num_class_embeds=num_classes + 1,
         )
+
+
+def load_saved(folder: Path) -> Any:
+    """Load a network that was saved with `save_pretrained`, whatever its class is.
+
+    The class is the one in its configuration: UNet2DModel, or a network of this library's own. Raises
+    ValueError for a class that is neither.
+    """
+    name = json.loads((folder / "config.json").read_text())["_class_name"]
+    modules = {"UNet2DModel": "diffusers", "DiT": "counterpoint.dit"}
+    if name not in modules:
+        raise ValueError(f"{folder} holds a {name}: a class-conditional network is a UNet2DModel or a DiT")
+    cls = getattr(import_module(modules[name]), name)
+    return cls.from_pretrained(folder, low_cpu_mem_usage=False)
 
 
 def null_class(unet: UNet2DModel) -> int:

@@ -13,10 +13,14 @@ from actors.training import TrainerConfig
 from cluster.connect import connected
 from cluster.storage import RunStore
 from counterpoint.data import load_data
+from counterpoint.diffusion import build_noise_scheduler
+from counterpoint.evaluation import solver_errors
+from counterpoint.pipeline import ClassConditionalPipeline
+from counterpoint.sampling import SamplerConfig, build_sampler
 from counterpoint.section import Section
 from jobs.config import run_job
 from jobs.run_names import RunUri
-from jobs.runs import load_pipeline, read_config
+from jobs.runs import load_pipeline, read_config, with_sampler
 from jobs.scoring import floor_row, references, rows, score_on_stage
 from jobs.settings import EvaluatorsConfig, TrainConfig
 from jobs.table import text_table
@@ -31,17 +35,24 @@ class EvaluateConfig(Section):
     """URI of the teacher's run, which holds the feature space; the one that the run names unless given."""
     steps: tuple[int, ...] = Field(default=(1,), min_length=1)
     """Numbers of steps to score."""
+    sampler: SamplerConfig | None = None
+    """The sampler to score a teacher with; the one that was saved with the run unless given."""
+    reference_steps: int = Field(default=0, ge=0)
+    """Steps of DDIM whose images are taken as the exact solution, to which those of the sampler have the
+    root mean square distance `error_n`; 0 leaves that out."""
+    reference_samples: int = Field(default=64, ge=1)
+    """Images that this is measured on."""
     evaluation: EvaluatorsConfig = EvaluatorsConfig()
     """What is generated, by how many workers; workers=0 scores in this process, without Ray."""
 
 
 def main(config: EvaluateConfig) -> dict[str, Any]:
-    """Return figures as `fd_1`, `kid_1` ... for each number of steps, beside the floor's."""
+    """Return figures as `fd_1`, `kid_1`, `error_1` ... for each number of steps, beside the floor's."""
     uri = config.teacher or teacher_of(config.run)
     teacher: TrainConfig = read_config(RunStore(uri), TrainConfig)
     data = load_data(teacher.data)
     network = stored_feature_network(RunStore(uri), teacher.features, teacher.seed)
-    pipeline = load_pipeline(RunStore(config.run))
+    pipeline = with_sampler(load_pipeline(RunStore(config.run)), config.sampler, teacher.noise)
     real = references(data, network)
     recipe = EvaluationRecipe(
         config.run, teacher.features, pipeline.scheduler, config.steps, config.evaluation, uri
@@ -53,7 +64,21 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     figures = {
         f"{key}_{n}": value for n in config.steps for key, value in tables["test"][f"steps_{n}"].items()
     }
+    if config.reference_steps:
+        figures |= errors(config, pipeline, teacher)
     return {"run": config.run, "floor_fd": table[0]["fd"]} | figures
+
+
+def errors(
+    config: EvaluateConfig, pipeline: ClassConditionalPipeline, teacher: TrainConfig
+) -> dict[str, float]:
+    """Return `error_n` for each number of steps; the fine solution clips nothing."""
+    plain = SamplerConfig(options={"timestep_spacing": "trailing", "clip_sample": False})
+    reference = build_sampler(plain, build_noise_scheduler(teacher.noise))
+    found = solver_errors(
+        pipeline, reference, config.reference_steps, config.steps, config.reference_samples, config.evaluation
+    )
+    return {f"error_{n}": value for n, value in found.items()}
 
 
 def teacher_of(uri: str) -> str:

@@ -20,7 +20,10 @@ from cluster.identity import begin, ended
 from cluster.manifest import DamagedCheckpointError
 from cluster.sealing import save_sealed
 from cluster.storage import RunStore
+from counterpoint.diffusion import NoiseConfig, build_noise_scheduler
 from counterpoint.pipeline import ClassConditionalPipeline
+from counterpoint.sampling import SamplerConfig, build_sampler
+from counterpoint.scheduler import TimestepShiftScheduler
 from counterpoint.section import Section
 from jobs.config import dump_config
 from jobs.config_source import over_defaults
@@ -159,6 +162,23 @@ def save_pipeline(store: RunStore, unet: UNet2DModel, scheduler: Any) -> ClassCo
         pipeline.save_pretrained(folder)
         save_sealed(store, PIPELINE, Path(folder))
     return pipeline
+
+
+def with_sampler(
+    pipeline: ClassConditionalPipeline, sampler: SamplerConfig | None, noise: NoiseConfig
+) -> ClassConditionalPipeline:
+    """Return the pipeline with another sampler over the forward process that its network was trained on.
+
+    Raises ValueError for a distilled student, whose few steps are those of its own scheduler.
+    """
+    if sampler is None:
+        return pipeline
+    if isinstance(pipeline.scheduler, TimestepShiftScheduler):
+        raise ValueError(
+            f"sampler.scheduler={sampler.scheduler}: a distilled student takes its own steps: leave it "
+            "unset, or give a teacher's run"
+        )
+    return ClassConditionalPipeline(pipeline.unet, build_sampler(sampler, build_noise_scheduler(noise)))
 
 
 def load_pipeline(store: RunStore) -> ClassConditionalPipeline:

@@ -194,7 +194,7 @@ def test_sample_refuses_what_it_cannot_make(tiny_run, tmp_path):
     with pytest.raises(ValueError, match="must end in"):
         drawn(tiny_run, tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="must be classes from 0 to 9"):
-        drawn(tiny_run, tmp_path / "a.png", classes=[10])
+        drawn(tiny_run, tmp_path / "a.png", classes=[11])
     with pytest.raises(ValueError, match="no saved pipeline"):
         drawn(str(tmp_path), tmp_path / "a.png")
 

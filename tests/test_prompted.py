@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel
 from tiny_text import TIME_IDS, columns, pipeline, prompted, table
 
 from counterpoint.critics.prompted_encoder import PromptedEncoder, shape_of
+from counterpoint.guidance import classifier_free, guided
 from counterpoint.prompted import plain_unet
-from counterpoint.sampling import guided
 from counterpoint.seeds import generator
 
 T = torch.tensor([10, 500, 900])
@@ -45,7 +45,7 @@ def test_guidance_is_towards_the_null_row(tmp_path: Path) -> None:
     with torch.no_grad():
         conditional = unet(states(), 500, **conditions(rows)).sample
         free = unet(states(), 500, **conditions(torch.full_like(rows, 11))).sample
-        found = guided(network, states(), torch.tensor(500), rows, 3.0)
+        found = guided(network, states(), torch.tensor(500), rows, classifier_free(3.0))
     torch.testing.assert_close(found, free + 3.0 * (conditional - free))
 
 

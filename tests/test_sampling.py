@@ -9,8 +9,9 @@ from tiny import SIDE, unet
 from torch import Tensor
 
 from counterpoint.diffusion import NoiseConfig, build_noise_scheduler
+from counterpoint.guidance import classifier_free, guided
 from counterpoint.pairs import PairsConfig, make_pairs, pairs_from_tensors
-from counterpoint.sampling import SamplerConfig, build_sampler, guided, sample
+from counterpoint.sampling import SamplerConfig, build_sampler, sample
 from counterpoint.seeds import generator
 from counterpoint.student import student_timesteps
 
@@ -67,8 +68,11 @@ def test_samplers_have_the_noise_schedules_process_and_their_own_options() -> No
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"scheduler": "DDIMSchedular"}, "is not a diffusers scheduler: try DDIMScheduler"),
-        ({"scheduler": "UNet2DModel"}, "is not a diffusers scheduler"),
+        (
+            {"scheduler": "DDIMSchedular"},
+            "scheduler=DDIMSchedular is not a SchedulerMixin of diffusers, nor",
+        ),
+        ({"scheduler": "UNet2DModel"}, "is not a SchedulerMixin of diffusers"),
         (
             {"scheduler": "DPMSolverMultistepScheduler", "options": {"algorithm_type": "none"}},
             "does not fit DPMSolverMultistepScheduler",
@@ -86,7 +90,7 @@ def test_guidance_starts_from_the_null_class(scale: float) -> None:
     with torch.no_grad():
         conditional = network(x, t, class_labels=LABELS).sample
         null = network(x, t, class_labels=torch.full((3,), 10)).sample
-        found = guided(network, x, t, LABELS, scale)
+        found = guided(network, x, t, LABELS, classifier_free(scale))
     torch.testing.assert_close(found, null + scale * (conditional - null), atol=1e-5, rtol=1e-5)
 
 

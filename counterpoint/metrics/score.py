@@ -88,12 +88,12 @@ class Scores:
     def update(
         self,
         images: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         network: FeatureNetwork,
         classifier: Classifier | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> None:
-        """Add `images` [N,C,H,W] in [-1,1] made for classes `labels` [N].
+        """Add `images` [N,C,H,W] in [-1,1] made for classes `labels` [N], or for none.
 
         Without `classifier` the feature network itself judges the classes, if it can.
 
@@ -101,12 +101,12 @@ class Scores:
         the start.
         """
         _same_extractor(self.extractor, network.extractor)
-        if len(images) != len(labels):
+        if labels is not None and len(images) != len(labels):
             raise ValueError(f"{len(images)} images with {len(labels)} labels: give one label an image")
         features = extract_features(network, images, batch_size)
         self._add(Moments.of(features), [features.numpy()])
         judge = classifier or (network if isinstance(network, Classifier) else None)
-        if judge is not None:
+        if judge is not None and labels is not None:
             self.judged += len(images)
             self.correct += int((predict_classes(judge, images, batch_size) == labels.cpu()).sum())
 
