@@ -26,7 +26,8 @@ def session_processes(root: str, since: float = 0.0) -> list[psutil.Process]:
     """Return this machine's processes of the private cluster whose session directory lies below `root`.
 
     They are Ray's own services that name the directory on their command lines, workers, which write their
-    errors there, and what descends from these; never one that merely reads there, such as a `tail`.
+    errors there, and what descends from these; never one that merely reads there, such as a `tail`, nor one
+    that has ended and only waits for its parent to notice.
 
     Args:
         root: the directory, of a cluster that a run has started.
@@ -44,7 +45,7 @@ def session_processes(root: str, since: float = 0.0) -> list[psutil.Process]:
                 found |= {child.pid: child for child in (process, *process.children(recursive=True))}
     for mine in (psutil.Process(), *psutil.Process().parents()):
         found.pop(mine.pid, None)
-    return list(found.values())
+    return [process for process in found.values() if identity.started(process.pid) is not None]
 
 
 def _is_service(words: list[str], root: str) -> bool:

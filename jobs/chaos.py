@@ -137,7 +137,10 @@ def kill_one(pid: int, chance: random.Random) -> str | None:
     if not actors:
         return None
     title, victim = chance.choice(sorted(actors, key=lambda pair: (pair[0], pair[1].pid)))
-    victim.kill()
+    try:
+        victim.kill()
+    except psutil.NoSuchProcess:  # it ended by itself meanwhile
+        return None
     return title.removeprefix("ray::")
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -68,7 +68,11 @@ class Machine:
     def processes(self) -> list[psutil.Process]:
         """Everything that runs here."""
         listed = subprocess.check_output(["ip", "netns", "pids", self.name], text=True)
-        return [psutil.Process(int(pid)) for pid in listed.split() if psutil.pid_exists(int(pid))]
+        found = []
+        for pid in listed.split():
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(pid)))
+        return found
 
     def actors(self) -> set[str]:
         """The classes of the actors that run here, by their processes' titles."""

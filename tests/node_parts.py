@@ -27,7 +27,7 @@ class WaitingStudent(StudentRecipe):
             if now != WAITS_AT:
                 return
             Path(store.path(f"at-{place.rank}")).touch()
-            until(lambda: Path(store.path("go")).exists(), 90.0, "the go-ahead")
+            until(lambda: Path(store.path("go")).exists(), 400.0, "the go-ahead")
 
         return before_each_step(super().__call__(place, store, report), act)
 

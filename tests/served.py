@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def serving(config: dict[str, Any], folder: Path) -> Iterator[Service]:
             yield Service(f"http://127.0.0.1:{port}", said["dashboard"], folder, process, log)
     finally:
         for pid in tree:
-            if psutil.pid_exists(pid):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -63,14 +63,15 @@ def node(address, ports, shell=""):
     finally:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         for one in family:
-            one.kill()
+            with suppress(psutil.NoSuchProcess):  # with its parent, which was killed just before
+                one.kill()
         process.kill()
         process.wait(30)
 
 
 def await_node(process):
     """The name of the faulty node, once it is alive."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         for one in ClusterView.from_ray().nodes:
             if one.labels.get("faulty") == "yes":
@@ -241,7 +242,10 @@ def test_preflight_names_the_node_that_has_the_storage_for_itself(faulty, monkey
 
 def test_a_stopped_node_is_a_finding_and_the_others_are_tested(faulty):
     name, process, _ = faulty
-    raylets = [one for one in psutil.Process(process.pid).children(recursive=True) if "raylet" in one.name()]
+    raylets = []
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            raylets += [one] if "raylet" in one.name() else []
     for one in raylets:
         one.send_signal(signal.SIGSTOP)
     try:

@@ -122,12 +122,14 @@ def test_student_leaves_results_grids_and_a_report(tiny_run):
     results = read_results(store)
     assert set(results["headline"]) == {
         "floor_fd", "teacher_1_fd", "teacher_4_fd", "student_1_fd", "student_2_fd", "student_4_fd",
-        "student_1_accuracy", "student_1_recall",
+        "student_1_train_fd", "student_2_train_fd", "student_4_train_fd", "student_1_accuracy",
+        "student_1_recall",
     }  # fmt: skip
     by_name = {row["name"]: row for row in results["rows"]}
     assert list(by_name)[3:] == ["student, 1 step", "student, 2 steps", "student, 4 steps"]
     assert results["headline"]["student_1_recall"] == by_name["student, 1 step"]["recall"]
     assert results["headline"]["student_2_fd"] == by_name["student, 2 steps"]["fd"]
+    assert results["headline"]["student_4_train_fd"] == by_name["student, 4 steps"]["train_fd"]
     pool = results["pool"]
     assert pool["heads"] == pool["slots"] * pool["heads_per_slot"] * len(pool["groups"])
     for grid in ("student-1-step", "student-2-steps", "student-4-steps", "teacher-4-steps", "real"):

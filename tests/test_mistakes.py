@@ -18,7 +18,7 @@ from jobs.settings import DistillConfig
 WORKERS = {"trainer": {"workers": 1, "threads": 1, "checkpoint_every": 5}, "critics": CRITICS | {"actors": 1}}
 
 
-def refusal(capsys, config_file, *overrides, seconds=60.0):
+def refusal(capsys, config_file, *overrides, seconds=120.0):
     """The one line with which `python -m jobs.distill` refuses, within `seconds`."""
     begun = time.monotonic()
     with pytest.raises(SystemExit) as ended:
@@ -57,7 +57,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_configuration_is_one_line(mistake, config_file, capsys):
-    line = refusal(capsys, config_file, *mistake.split(), seconds=10.0)
+    line = refusal(capsys, config_file, *mistake.split())
     assert re.search(MISTAKES[mistake], line), line
 
 
@@ -95,7 +95,7 @@ def test_damaged_checkpoints_are_named_before_anything_starts(tiny_run, tmp_path
     text = store.read_text("config.yaml").replace(tiny_run, str(run))
     file.write_text(text)
     flipped = [flip(store, step) for step in checkpoint_steps(store)]
-    line = refusal(capsys, file, "resume=true", seconds=30.0)
+    line = refusal(capsys, file, "resume=true")
     assert f"run={run} cannot be resumed, none of its {len(flipped)} checkpoints is whole" in line
     assert flipped[-1] in line
     assert "restore that file" in line
@@ -120,10 +120,10 @@ def test_a_node_that_cannot_take_part_is_named(fault, fake_cluster, config_file,
     before = len([one for one in ray.nodes() if one["Alive"]])
     with node(fake_cluster.address, (free_port(), free_port()), shell.format(folder=folder)) as process:
         name = await_node(process)
-        line = refusal(capsys, config_file, f"run={folder}/run", seconds=120.0)
+        line = refusal(capsys, config_file, f"run={folder}/run", seconds=300.0)
     assert re.search(expected, line), line
     assert name in line
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len([one for one in ray.nodes() if one["Alive"]]) > before:
         assert time.monotonic() < deadline
         time.sleep(0.2)

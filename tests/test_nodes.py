@@ -35,7 +35,7 @@ class Job:
         self.run, self.told, self.error = Path(config.run), {}, None
         self.thread = threading.Thread(target=self._work, args=(config,))
         self.thread.start()
-        until(lambda: (self.run / "at-0").exists() or not self.thread.is_alive(), 120, "step 12")
+        until(lambda: (self.run / "at-0").exists() or not self.thread.is_alive(), 400, "step 12")
 
     def _work(self, config):
         try:
@@ -64,7 +64,7 @@ def test_a_lost_node_with_critics_and_a_trainer_changes_no_weight(
     monkeypatch.setattr(distill, "StudentRecipe", WaitingStudent)
     job = Job(spread(run, tiny_teacher))
     lose_a_node(fake_cluster)
-    job.release(180)
+    job.release(400)
     assert job.error is None
     assert largest_difference(run, undisturbed) == 0
     assert logged_steps(run) == logged_steps(undisturbed) == list(range(1, 18))
@@ -80,7 +80,7 @@ def test_a_run_whose_room_is_lost_for_good_ends_and_says_so(
     monkeypatch.setattr(distill, "StudentRecipe", WaitingStudent)
     job = Job(spread(str(tmp_path / "run"), tiny_teacher, room_wait_s=1.0))
     lose_a_node(fake_cluster)
-    job.release(120)
+    job.release(400)
     assert isinstance(job.error, PlacementError)
     assert (
         "trainer.workers=2: pool trainer asks 2 times for 1.5 CPU, 0.4 GPU, and 1 fit"

@@ -5,8 +5,8 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def process_of(config: dict[str, Any], folder: Path, address: str) -> subprocess
 
 
 def await_rows(run: str, rows: int, process: "subprocess.Popen[bytes] | None" = None) -> None:
-    """Wait until a run has logged so many steps."""
-    deadline = time.monotonic() + 150
+    """Wait until a run has logged so many steps; what goes before it in its sweep counts too."""
+    deadline = time.monotonic() + 500
     while len(read_metrics(RunStore(run))) < rows:
         assert time.monotonic() < deadline, f"{run} has no {rows} rows"
         assert process is None or process.poll() is None, "the driver ended"
@@ -89,10 +89,11 @@ def kill_host(run: str) -> None:
     os.kill(read_facts(RunStore(run))["pid"], signal.SIGKILL)
 
 
+@pytest.mark.timeout(900)
 def test_a_sweep_outlives_its_driver_a_host_and_a_failed_trial_and_is_extended(
     ray_cluster, tiny_teacher, tmp_path
 ):
-    run, steps = tmp_path / "sweep", 150
+    run, steps = tmp_path / "sweep", 60
     # The second cell's teacher is found missing only when the run begins.
     space = SPACE | {"teacher": {"grid": [tiny_teacher, str(tmp_path / "nowhere")]}}
     settings = sweep_of(run, base_of(tiny_teacher, steps), space=space, concurrent=1)
@@ -101,10 +102,10 @@ def test_a_sweep_outlives_its_driver_a_host_and_a_failed_trial_and_is_extended(
     await_rows(f"{run}/trials/0000/seed-0", 5, driver)
     driver.kill()
     driver.wait()
-    killer = threading.Thread(target=kill_host, args=(f"{run}/trials/0002/seed-0",), daemon=True)
-    killer.start()
-    result = tune.main(config.model_copy(update={"resume": True, "trials": 3}))
-    killer.join()
+    with ThreadPoolExecutor(1) as beside:
+        killed = beside.submit(kill_host, f"{run}/trials/0002/seed-0")
+        result = tune.main(config.model_copy(update={"resume": True, "trials": 3}))
+        killed.result()  # raises what went wrong there
     assert (result["trials"], result["done"], result["failed"]) == (3, 2, 1)
     good, failed, last = Ledger(RunStore(str(run))).in_order()
     assert (good.state, good.lives, failed.state, last.state) == ("done", 2, "failed", "done")

@@ -85,7 +85,8 @@ def test_a_run_is_seen_from_elsewhere_until_it_is_killed_and_reaped(stuck_run, c
     with pytest.raises(ValueError, match="may be alive"):
         reap.main(reap.ReapConfig(run=store.uri, yes=True))
     root = facts["private_root"]
-    ours = {one.pid: (identity.started(one.pid), one.cmdline()[:2]) for one in session_processes(root)}
+    # What has ended since it was found has no start any more.
+    ours = {one.pid: start for one in session_processes(root) if (start := identity.started(one.pid))}
     assert rows["trainer-0"]["pid"] in ours
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -101,7 +102,7 @@ def test_a_run_is_seen_from_elsewhere_until_it_is_killed_and_reaped(stuck_run, c
     assert {line.partition(":")[0] for line in done["found"]} >= {"private Ray cluster", "half-written file"}
     assert not Path(root).exists()
     assert session_processes(root) == []
-    assert [told for pid, told in ours.items() if identity.started(pid) == told[0]] == []
+    assert [pid for pid, start in ours.items() if identity.started(pid) == start] == []
     assert newest_checkpoint(store, verify=True).step == 2
     assert reap.main(reap.ReapConfig(run=store.uri))["found"] == []
     assert "are gone" in logs.main(logs.LogsConfig(run=store.uri))["from"]
