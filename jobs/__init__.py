@@ -1,6 +1,7 @@
 """What `ray job submit` starts: one module a verb.
 
-train      a diffusion teacher, or a vision-language-action policy (train_policy)
+train      a diffusion teacher, a linear student of one (linearize), or a vision-language-action policy
+           (train_policy)
 distill    a one- to four-step student of it, against a panel of critics
 encode     prompts and images, once, to Parquet shards of embeddings and latents
 distill_text   a one- to four-step student of a text-to-image model (its configuration: text_settings)
@@ -15,7 +16,8 @@ submit     any of these verbs to a cluster, followed to its end
 bench      ratios against named rivals: batched heads, the panel in actors, transports, decisions, rollouts
 demo       teacher, student, evaluation and report in one go
 ablate     arms of a study over seeds, and their table
-chaos      kills actors of a running demo and tells what became of it
+chaos      kills actors of a running demo and tells what became of it (chaos_serve: replicas under load;
+           chaos_tune: the driver of a sweep)
 
 status     what runs where, how far it is, and whether its checkpoint is whole
 logs       the ends of a run's logs, by role and rank

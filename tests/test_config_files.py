@@ -13,6 +13,7 @@ from jobs.bench_sdxl import SdxlBenchConfig
 from jobs.bench_serve import ServeBenchConfig
 from jobs.chaos import ChaosConfig
 from jobs.chaos_serve import ServeChaosConfig
+from jobs.chaos_tune import TuneChaosConfig
 from jobs.collect import CollectConfig
 from jobs.config import load_config
 from jobs.demo import DemoConfig
@@ -33,7 +34,7 @@ MODELS: dict[str, type[Section]] = {
     "digits/ablation": AblateConfig, "digits/chaos": ChaosConfig, "digits/chaos_demo": DemoConfig,
     "digits/demo": DemoConfig, "digits/distill": DistillConfig, "digits/teacher": TrainConfig,
     "digits/warmup": DistillConfig, "digits/sweep": TuneConfig, "digits/pbt": TuneConfig,
-    "digits/pbt_study": TuneStudyConfig,
+    "digits/pbt_study": TuneStudyConfig, "digits/chaos_tune": TuneChaosConfig,
     "sdxl/distill": DistillTextConfig, "sdxl/tiny": DistillTextConfig, "sdxl/tiny_encode": EncodeConfig,
     "serve/bench": ServeBenchConfig, "serve/chaos": ServeChaosConfig, "serve/digits": ServeConfig,
     "serve/vla": ServeConfig,
