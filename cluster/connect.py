@@ -133,7 +133,28 @@ def thread_env(threads: int) -> dict[str, str]:
 
 
 def _start(options: dict[str, Any]) -> Connection:
+    """Start a cluster, once more if the first is too slow; TimeoutError if the second one is too."""
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    try:
+        return _start_once(options)
+    except Exception as error:
+        if not _was_slow(error):
+            raise
+        logger.warning("Ray was not up after 30 s, as on a machine that is too busy; starting it once more")
+    try:
+        return _start_once(options)
+    except Exception as error:
+        if not _was_slow(error):
+            raise
+        raise TimeoutError(f"Ray did not start here, twice; the machine may be too busy: {error}") from error
+
+
+def _was_slow(error: Exception) -> bool:
+    # Ray gives its raylet 30 s, which nothing changes, and then raises an Exception of no type of its own.
+    return "timed out during startup" in str(error)
+
+
+def _start_once(options: dict[str, Any]) -> Connection:
     temp_dir = _session_root()
     try:
         with _importable():

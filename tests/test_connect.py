@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster import connect
+from cluster.kinds import classify
 
 ROOT = Path(connect.__file__).parent.parent
 DRIVER = """
@@ -124,3 +125,34 @@ def test_thread_env_counts_for_every_library_and_lets_waiting_threads_sleep():
     assert env["OMP_WAIT_POLICY"] == "PASSIVE"
     with pytest.raises(ValueError, match="threads=0"):
         connect.thread_env(0)
+
+
+LATE = Exception("The current node timed out during startup. This could happen because ...")
+
+
+def starts(monkeypatch, *answers):
+    """Let Ray's starts end one after the other as given."""
+    left = list(answers)
+
+    def start_once(options):
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(connect, "_start_once", start_once)
+
+
+def test_a_start_that_is_too_slow_is_tried_once_more(monkeypatch):
+    starts(monkeypatch, LATE, "connected")
+    assert connect._start({}) == "connected"
+    starts(monkeypatch, LATE, LATE, "connected")
+    with pytest.raises(TimeoutError, match="Ray did not start here, twice; the machine may be too") as caught:
+        connect._start({})
+    assert classify(caught.value) == "infrastructure"
+
+
+def test_a_start_that_is_refused_is_not_tried_again(monkeypatch):
+    starts(monkeypatch, ValueError("num_cpus=-1"), "connected")
+    with pytest.raises(ValueError, match="num_cpus=-1"):
+        connect._start({})
