@@ -22,6 +22,7 @@ from cluster.waiting import first_of, get
 from counterpoint.section import Section
 from jobs import distill
 from jobs.config import run_job
+from jobs.config_source import merged
 from jobs.overfit import overfit_gap
 from jobs.run_names import RunUri
 from jobs.runs import RESULTS, read_results
@@ -108,8 +109,7 @@ def warmup_config(config: AblateConfig, seed: int) -> DistillConfig:
 
 def arm_config(config: AblateConfig, arm: Arm, seed: int, start: str) -> DistillConfig:
     """Return the run of an arm from a seed's warm-up."""
-    merged = _laid_over(config.base.model_dump(), arm.changes)
-    changed = DistillConfig.model_validate(merged)
+    changed = DistillConfig.model_validate(merged(config.base.model_dump(), arm.changes))
     slug = "".join(c if c.isalnum() else "-" for c in arm.name)
     warmed = changed.warmup.model_copy(update={"steps": 0})
     return _here(changed, f"{config.run}/{slug}-{seed}", seed, start=start, warmup=warmed)
@@ -126,14 +126,6 @@ def _here(config: DistillConfig, run: str, seed: int, **changes: Any) -> Distill
         "evaluation": config.evaluation.model_copy(update={"workers": 0}),
     }
     return config.model_copy(update=alone | changes)
-
-
-def _laid_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _laid_over(base[key], value) if both else value
-    return merged
 
 
 def one(config: DistillConfig, judged: bool) -> dict[str, Any]:

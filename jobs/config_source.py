@@ -66,7 +66,7 @@ def _extended(data: dict[str, Any], path: Path, extended_by: tuple[Path, ...]) -
     other = path.parent / base
     if other.resolve() in extended_by:
         raise ConfigError(f"configuration file {other} extends itself through {path.name}")
-    return _laid_over(read_file(other, extended_by), data)
+    return merged(read_file(other, extended_by), data)
 
 
 def _with_extended_sections(value: Any, path: Path, extended_by: tuple[Path, ...]) -> Any:
@@ -172,15 +172,16 @@ def _parse(key: str, text: str, fields: Mapping[str, Field]) -> Any:
     return text if wants_text and value is not None and not isinstance(value, str) else value
 
 
-def _laid_over(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `top` laid over it, section by section; a schedule of another form replaces."""
+    whole = dict(base)
     for key, value in top.items():
-        under = merged.get(key)
+        under = whole.get(key)
         if isinstance(under, dict) and isinstance(value, dict) and not _other_form(under, value):
-            merged[key] = _laid_over(under, value)
+            whole[key] = merged(under, value)
         else:
-            merged[key] = value
-    return merged
+            whole[key] = value
+    return whole
 
 
 def _other_form(under: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
