@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +14,6 @@ from counterpoint.section import Section
 
 BetaSchedule = Literal["squaredcos_cap_v2", "linear", "scaled_linear"]
 PredictionType = Literal["v_prediction", "epsilon", "sample"]
-NoiseScheduler = DDPMScheduler | FlowMatchEulerDiscreteScheduler
 
 
 class NoiseConfig(Section):
@@ -64,7 +63,7 @@ class LatentNoiseConfig(NoiseConfig):
     """Flows of latents are not trained here."""
 
 
-def build_noise_scheduler(config: NoiseConfig) -> NoiseScheduler:
+def build_noise_scheduler(config: NoiseConfig) -> SchedulerMixin:
     """Return the diffusers scheduler that holds the forward process.
 
     A diffusion's has `alphas_cumprod` and `add_noise`; a flow's, FlowMatchEulerDiscreteScheduler, neither.
@@ -79,7 +78,7 @@ def check_distillable(config: NoiseConfig, teacher: str) -> None:
     if config.process == "flow":
         raise ValueError(
             f"teacher={teacher} is a flow (noise.process=flow), and critics and students need a diffusion's "
-            "alphas_cumprod: train a teacher with noise.process=diffusion, such as configs/digits/teacher.yaml"
+            "alphas_cumprod: train one with noise.process=diffusion, such as configs/digits/teacher.yaml"
         )
 
 
@@ -114,7 +113,7 @@ def predict_x0(
 
 
 def noisy_input(
-    scheduler: NoiseScheduler, sample: Tensor, noise: Tensor, timesteps: Tensor
+    scheduler: SchedulerMixin, sample: Tensor, noise: Tensor, timesteps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return x_t [B,C,H,W] at the noise levels `timesteps` [B], and the times [B] that the network hears.
 
@@ -127,7 +126,7 @@ def noisy_input(
     return flow_state(sample, noise, sigmas), horizon * sigmas
 
 
-def training_target(scheduler: NoiseScheduler, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def training_target(scheduler: SchedulerMixin, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """Return what the network should predict for x_t made of `sample` and `noise` at levels `timesteps`."""
     if follows_flow(scheduler):
         return noise - sample
@@ -186,7 +185,7 @@ def draw_noisy_batch(
     return NoisyBatch(images[index], condition, t, noise)
 
 
-def diffusion_loss(unet: Any, scheduler: NoiseScheduler, batch: NoisyBatch) -> Tensor:
+def diffusion_loss(unet: Any, scheduler: SchedulerMixin, batch: NoisyBatch) -> Tensor:
     """Return the mean squared error of the network's prediction on `batch`, a scalar; for flows as well.
 
     `unet` may be wrapped (DistributedDataParallel): only its call is used.

@@ -22,7 +22,7 @@ def one_step_scheduler(noise: LatentNoiseConfig, timestep_shift: int) -> DDIMSch
     last = torch.tensor(student_timesteps(1, noise.num_train_timesteps))
     heard = int(shifted(last, timestep_shift, noise.num_train_timesteps))
     return DDIMScheduler(
-        **noise.model_dump(),
+        **noise.diffusion_options(),
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing="leading",

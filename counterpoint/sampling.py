@@ -6,10 +6,21 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from pydantic import Field
 from torch import Tensor
 
+from counterpoint.diffusion import NoiseConfig
+from counterpoint.flow import (
+    FLOW_SAMPLER,
+    check_guider,
+    check_process,
+    follows_flow,
+    initial_scale,
+    scaled_input,
+    set_steps,
+    shared_options,
+)
 from counterpoint.guidance import BaseGuidance, classifier_free, guided
 from counterpoint.named_class import find_class
 from counterpoint.section import Section
@@ -31,14 +42,24 @@ class SamplerConfig(Section):
     """Keyword arguments of that class, beside those of the noise schedule."""
 
 
-def build_sampler(config: SamplerConfig, noise: DDPMScheduler) -> SchedulerMixin:
+def default_sampler(noise: NoiseConfig) -> SamplerConfig:
+    """Return the sampler of a teacher for which none is named: DDIM's, or Euler's for a flow."""
+    if noise.process == "flow":
+        return SamplerConfig(scheduler=FLOW_SAMPLER, options={})
+    return SamplerConfig()
+
+
+def build_sampler(config: SamplerConfig, noise: SchedulerMixin) -> SchedulerMixin:
     """Return the scheduler `config` names, over the same forward process as `noise`.
 
-    Raises ValueError if there is no such scheduler or it refuses an option.
+    Raises ValueError if there is no such scheduler, it follows another process or it refuses an option.
     """
     cls = find_class(config.scheduler, SchedulerMixin, diffusers, "counterpoint.solvers", "sampler.scheduler")
+    flow = follows_flow(noise)
+    check_process(config.scheduler, config.options, "flow" if flow else "diffusion")
+    shared = shared_options(noise, config.options) if flow else {name: noise.config[name] for name in _SHARED}
     try:
-        return cls.from_config({name: noise.config[name] for name in _SHARED} | config.options)
+        return cls.from_config(shared | config.options)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"sampler.options={config.options} does not fit {config.scheduler}: {error}"
@@ -64,17 +85,18 @@ def sample(
     conditional model and costs one evaluation a step, anything else two. A `guider` takes its place. What
     noise the scheduler adds comes from `generator`, one for the batch or one per sample. Returns the final
     sample and, for each timestep in `keep` that the schedule visits, the state [B,C,H,W] the network saw
-    there.
+    there. Raises ValueError for a guider of flows under a sampler of diffusions.
     """
     guider = classifier_free(guidance_scale) if guider is None else guider
-    scheduler.set_timesteps(steps)
+    check_guider(guider, scheduler)
+    set_steps(scheduler, steps)
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    x = noise * float(scheduler.init_noise_sigma)
+    x = noise * initial_scale(scheduler)
     kept: dict[int, Tensor] = {}
     for step, t in enumerate(progress(scheduler.timesteps)):
-        model_input = scheduler.scale_model_input(x, t)
-        if int(t) in keep:
-            kept[int(t)] = model_input
+        model_input = scaled_input(scheduler, x, t)
+        if round(float(t)) in keep:
+            kept[round(float(t))] = model_input
         guider.set_state(step=step, num_inference_steps=len(scheduler.timesteps), timestep=t)
         output = guided(network, model_input, t, labels, guider)
         x = scheduler.step(output, t, x, **extra).prev_sample

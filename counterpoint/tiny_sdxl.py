@@ -70,7 +70,7 @@ def build_tiny_sdxl(config: TinySDXLConfig, seed: int) -> StableDiffusionXLPipel
                 timestep_spacing="trailing",
                 clip_sample=False,
                 set_alpha_to_one=False,
-                **config.noise.model_dump(),
+                **config.noise.diffusion_options(),
             ),
             force_zeros_for_empty_prompt=True,
             add_watermarker=False,

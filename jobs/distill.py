@@ -17,6 +17,7 @@ from counterpoint.alarms import Watcher
 from counterpoint.critics.panel import group_name
 from counterpoint.critics.pool import Pool
 from counterpoint.data import Split, load_data
+from counterpoint.diffusion import check_distillable
 from counterpoint.evaluation import generate
 from counterpoint.grids import class_grid
 from counterpoint.metrics.extractor import FeatureNetwork
@@ -53,7 +54,7 @@ class Score:
     def scheduler(self) -> TimestepShiftScheduler:
         """A new sampler of the student."""
         return TimestepShiftScheduler(
-            **self.teacher.noise.model_dump(), timestep_shift=self.config.student.timestep_shift
+            **self.teacher.noise.diffusion_options(), timestep_shift=self.config.student.timestep_shift
         )
 
     def evaluation(self, steps: tuple[int, ...]) -> EvaluationRecipe:
@@ -89,6 +90,7 @@ def prepare(config: DistillConfig) -> Score:
     """Open the run and read what the teacher's run stored."""
     source = RunStore(config.teacher)
     teacher: TrainConfig = read_config(source, TrainConfig)
+    check_distillable(teacher.noise, config.teacher)
     results = read_results(source)
     in_process = config.trainer.workers == 0
     store = open_run(config.run, config, config.resume, in_process)

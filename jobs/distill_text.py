@@ -68,7 +68,9 @@ class Work:
     def chain(self) -> TimestepShiftScheduler:
         """Return a new sampler of the student for 1 to 4 steps; latents are not clipped."""
         shift = self.config.student.timestep_shift
-        return TimestepShiftScheduler(**self.noise.model_dump(), timestep_shift=shift, clip_sample=False)
+        return TimestepShiftScheduler(
+            **self.noise.diffusion_options(), timestep_shift=shift, clip_sample=False
+        )
 
 
 def main(config: DistillTextConfig) -> dict[str, Any]:

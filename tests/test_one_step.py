@@ -55,7 +55,9 @@ def test_a_stock_scheduler_makes_the_students_step(prediction: str, shift: int) 
     pipe.scheduler = one_step_scheduler(noise, shift)
     expected = student_latents(pipe, noise, shift)
     torch.testing.assert_close(latents(pipe), expected, rtol=1e-5, atol=1e-5)
-    pipe.scheduler = TimestepShiftScheduler(**noise.model_dump(), timestep_shift=shift, clip_sample=False)
+    pipe.scheduler = TimestepShiftScheduler(
+        **noise.diffusion_options(), timestep_shift=shift, clip_sample=False
+    )
     torch.testing.assert_close(latents(pipe), expected, rtol=1e-5, atol=1e-5)
     assert latents(pipe, steps=4).isfinite().all()
 
