@@ -63,7 +63,7 @@ def guided(network: Any, x: Tensor, t: Tensor, labels: Tensor, guider: BaseGuida
     """
     null = torch.full_like(labels, null_class(network))
     branches = guider.prepare_inputs({"class_labels": (labels, null)})
-    if _hooks(guider):
+    if hooks_layers(guider):
         for branch in branches:
             guider.prepare_models(network)
             try:
@@ -101,7 +101,7 @@ def is_perturbed(branch: Any) -> bool:
     return bool(getattr(branch, BaseGuidance._identifier_key) == PERTURBED)
 
 
-def _hooks(guider: BaseGuidance) -> bool:
-    """Whether a guider can only perturb the network as a whole."""
+def hooks_layers(guider: BaseGuidance) -> bool:
+    """Whether a guider hooks itself into layers, and so can only perturb an evaluation as a whole."""
     own = type(guider).prepare_models is not BaseGuidance.prepare_models
     return own and not hasattr(guider, "perturbing")

@@ -13,11 +13,13 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.guiders import SkipLayerGuidance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CLASSES, unet
 
 from counterpoint.exactness import exact_sizes, unet_rows
+from counterpoint.guidance import GuiderConfig, build_guider
 from counterpoint.inflight import Chain, advance
 from counterpoint.pipeline import ClassConditionalPipeline
 from counterpoint.scheduler import TimestepShiftScheduler
@@ -32,13 +34,23 @@ DPM = DPMSolverMultistepScheduler(**COSINE)
 SDE = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **COSINE)
 OTHERS = [DPM, SDE, UniPCMultistepScheduler(**COSINE), EulerAncestralDiscreteScheduler(**COSINE),
           HeunDiscreteScheduler(**COSINE)]  # fmt: skip
+GUIDERS = [
+    ("ClassifierFreeGuidance", {"guidance_scale": 2.5}),
+    ("ClassifierFreeGuidance", {"guidance_scale": 2.5, "start": 0.3, "stop": 0.8, "guidance_rescale": 0.5}),
+    ("AdaptiveProjectedGuidance", {"guidance_scale": 3.0, "adaptive_projected_guidance_momentum": -0.5,
+                                   "adaptive_projected_guidance_rescale": 2.0, "eta": 0.3}),
+    ("ClassifierFreeZeroStarGuidance", {"guidance_scale": 3.0}),
+    ("TangentialClassifierFreeGuidance", {"guidance_scale": 3.0}),
+    ("BatchedPerturbedAttentionGuidance", {"perturbed_guidance_scale": 2.0}),
+    ("BatchedPerturbedAttentionGuidance", {"guidance_scale": 2.0, "layers": ["up"], "stop": 0.5}),
+]  # fmt: skip
 ASKED = [(STUDENT, steps) for steps in (1, 2, 3, 4)]
 ASKED += [(scheduler, steps) for scheduler in (DDIM, DDPM, *OTHERS) for steps in (2, 5)]
 
 
 @cache
 def network():
-    return frozen(unet())
+    return frozen(unet(mid_attention=True, attention=(False, True)))
 
 
 @cache
@@ -62,7 +74,14 @@ class Watched(torch.nn.Module):
 
 
 def chain(scheduler=STUDENT, label=3, steps=4, guidance=1.0, seed=0):
-    return Chain(network(), scheduler, label, steps, guidance, generator(seed, "sample", label, 0))
+    """A chain under `guidance`: a scale, or the index of one of GUIDERS."""
+    scale, guider = (guidance, None) if isinstance(guidance, float) else (1.0, guider_of(guidance))
+    return Chain(network(), scheduler, label, steps, scale, generator(seed, "sample", label, 0), guider)
+
+
+def guider_of(index):
+    name, options = GUIDERS[index]
+    return build_guider(GuiderConfig(guider=name, options=options))
 
 
 def finish(*chains, among=None):
@@ -81,7 +100,8 @@ def piped(scheduler, labels, steps, guidance, seeds):
     pipeline = ClassConditionalPipeline(network(), copy.deepcopy(scheduler))
     pipeline.set_progress_bar_config(disable=True)
     streams = [generator(seed, "sample", label, 0) for label, seed in zip(labels, seeds, strict=True)]
-    return pipeline(labels, steps, guidance, streams, output_type="pt").images
+    scale, guider = (guidance, None) if isinstance(guidance, float) else (1.0, guider_of(guidance))
+    return pipeline(labels, steps, scale, streams, output_type="pt", guider=guider).images
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
@@ -92,6 +112,26 @@ def test_a_chain_is_the_image_of_the_pipeline(scheduler, steps, guidance):
     found = finish(chain(scheduler, 3, steps, guidance), chain(STUDENT, 5, 2))[0]
     expected = piped(scheduler, [3], steps, guidance, [0])[0]
     torch.testing.assert_close(found.clamp(-1, 1), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", [DDIM, DDPM, DPM], ids=["ddim", "ddpm", "dpm"])
+@pytest.mark.parametrize("guidance", range(len(GUIDERS)), ids=[name for name, _ in GUIDERS])
+def test_a_guided_chain_is_the_image_of_the_pipeline(guidance, scheduler):
+    found = finish(chain(scheduler, 3, 6, guidance), chain(STUDENT, 5, 2), chain(DDIM, 4, 5, 2.0))[0]
+    expected = piped(scheduler, [3], 6, guidance, [0])[0]
+    torch.testing.assert_close(found.clamp(-1, 1), expected, atol=5e-5, rtol=1e-4)
+
+
+def test_chains_under_all_kinds_of_guidance_share_an_evaluation():
+    watched = Watched()
+    chains = [chain(DDIM, 3, 4, guidance) for guidance in (1.0, 2.0, *range(len(GUIDERS)))]
+    rows = [link.rows for link in chains]
+    assert rows == [1, 2, 2, 1, 2, 2, 2, 2, 3]
+    assert advance(watched, chains, (32,)) == 32
+    assert [link.rows for link in chains] == [1, 2, 2, 2, 2, 2, 2, 2, 3]
+    advance(watched, chains, (32,))
+    assert [link.rows for link in chains] == [1, 2, 2, 2, 2, 2, 2, 2, 1]
+    assert watched.rows == [32, 32]
 
 
 @pytest.mark.parametrize("scheduler", [STUDENT, DDPM, SDE], ids=["student", "ddpm", "sde"])
@@ -106,12 +146,12 @@ ASK = st.tuples(
     st.sampled_from([STUDENT, DDIM, DDPM, DPM]),
     st.integers(0, CLASSES - 1),
     st.integers(1, 4),
-    st.sampled_from([1.0, 2.0, 4.5]),
+    st.sampled_from([1.0, 2.0, 4.5, *range(len(GUIDERS))]),
     st.integers(0, 3),
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), ASK), min_size=2, max_size=7), st.randoms(use_true_random=False))
 def test_a_chains_bits_do_not_depend_on_who_comes_and_goes(arrivals, order):
     chains = [(begin, options, chain(*options)) for begin, options in arrivals]
@@ -176,7 +216,7 @@ def test_a_failing_network_leaves_every_chain_as_it_was():
 
 
 def test_a_failing_scheduler_leaves_every_chain_as_it_was(monkeypatch):
-    options = [(DDPM, 3, 3, 1.0, 0), (SDE, 3, 3, 1.0, 1), (DDIM, 3, 3, 1.0, 2)]
+    options = [(DDPM, 3, 3, 1.0, 0), (SDE, 3, 3, 2, 1), (DDIM, 3, 3, 1.0, 2), (DDIM, 3, 3, 6, 2)]
     chains = [chain(*each) for each in options]
     advance(network(), chains, sizes())
     with monkeypatch.context() as patch:
@@ -199,6 +239,9 @@ def test_what_cannot_be_done_is_refused():
         advance(network(), [link, chain()], sizes())
     with pytest.raises(ValueError, match="pass chains"):
         advance(network(), [], sizes())
+    hooking = SkipLayerGuidance(skip_layer_guidance_layers=[0])
+    with pytest.raises(ValueError, match="guider=SkipLayerGuidance hooks the network's layers"):
+        Chain(network(), DDIM, 3, 4, 1.0, generator(0), hooking)
 
 
 @pytest.mark.gpu
