@@ -1,8 +1,8 @@
-"""Evaluation workers: each scores a shard of a snapshot; they lag behind training and never stall it."""
+"""Scores of snapshots while training goes on: by workers, which lag behind and never stall it, or at once."""
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ class EvaluationRecipe:
     """URI of the teacher's run, which stores the feature space; `run` itself unless given."""
     scored: str | None = None
     """URI of the run whose snapshots are scored, by which metrics name it; `run` itself unless given."""
+    network: Callable[[], Any] | None = None
+    """Makes the network of whose weights snapshots are; the saved one of `run` unless given."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Evaluator:
         self.recipe = recipe
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network = stored_feature_network(RunStore(recipe.feature_space or recipe.run), recipe.features)
-        self.pipeline = ClassConditionalPipeline(load_unet(recipe.run).to(device), recipe.scheduler)
+        network = load_unet(recipe.run) if recipe.network is None else recipe.network().eval()
+        self.pipeline = ClassConditionalPipeline(network.to(device), recipe.scheduler)
 
     @reporting("evaluator")
     def score(self, weights: dict[str, np.ndarray] | None, shard: int, shards: int) -> Shard:
@@ -135,6 +138,31 @@ class EvaluationPool:
             logger.warning("the snapshot of step %d was not scored: %s", flight.step, error)
             return None
         return {"step": flight.step, "preview": shards[0].preview} | merged_table(shards, self.reference)
+
+
+class LocalEvaluation:
+    """Scores snapshots in rank 0's own process, which waits meanwhile: none is left out."""
+
+    def __init__(self, recipe: EvaluationRecipe, reference: Reference) -> None:
+        self.recipe, self.reference = recipe, reference
+        self._evaluator: Evaluator | None = None
+        self._row: dict[str, Any] | None = None
+
+    def offer(self, step: int, weights: dict[str, torch.Tensor]) -> None:
+        """Score a snapshot; `poll` returns its row."""
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self.recipe)
+        shard = self._evaluator.score({name: tensor.numpy() for name, tensor in weights.items()}, 0, 1)
+        self._row = {"step": step, "preview": shard.preview} | merged_table([shard], self.reference)
+
+    def poll(self) -> dict[str, Any] | None:
+        """Return the row of a snapshot that has been scored since, or None."""
+        row, self._row = self._row, None
+        return row
+
+    def finish(self) -> dict[str, Any] | None:
+        """Return what `poll` has not; nothing is in flight."""
+        return self.poll()
 
 
 def merged_table(shards: Sequence[Shard], reference: Reference) -> dict[str, Any]:

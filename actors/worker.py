@@ -21,12 +21,14 @@ from counterpoint.place import Place
 
 if TYPE_CHECKING:
     # Ray Train's controller imports this module too, and need not load what scores images.
-    from actors.evaluation import EvaluationPool
+    from actors.evaluation import EvaluationPool, LocalEvaluation
 
 logger = logging.getLogger(__name__)
 
 State = Mapping[str, Mapping[str, Tensor]]
 WEIGHTS = "weights"
+EVALUATIONS = "evaluations.jsonl"
+"""Scores of snapshots, a row each."""
 PREVIEW_COLUMNS = 10
 
 
@@ -80,15 +82,16 @@ class LoopSpec:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     evaluate_every: int = 0
-    """Steps between snapshots offered to the evaluation workers; 0 offers none."""
+    """Steps between snapshots that are offered for scoring; 0 offers none."""
     report: Report = silent
     """Takes the newest figures to whoever watches, and says whether to stop; asked on rank 0."""
-    evaluation: "EvaluationPool | None" = None
+    evaluation: "EvaluationPool | LocalEvaluation | None" = None
+    """Where snapshots are scored."""
     watch: Callable[[], Watcher] | None = None
     """Makes the watcher that looks at rank 0's figures after each step."""
 
     def offers(self, step: int) -> bool:
-        """Whether the weights after `step` steps are offered to the evaluation workers."""
+        """Whether the weights after `step` steps are offered for scoring."""
         return self.evaluation is not None and self.evaluate_every > 0 and step % self.evaluate_every == 0
 
 
@@ -213,7 +216,7 @@ class _Chief:
         self.telemetry = TrainerTelemetry(spec.uri)
         self.metrics = MetricsLog(store)
         self.metrics.truncate(start)
-        self.evaluations = MetricsLog(store, "evaluations.jsonl", tensorboard=False, flush_rows=1)
+        self.evaluations = MetricsLog(store, EVALUATIONS, tensorboard=False, flush_rows=1)
         self.evaluations.truncate(start)
         self.watcher = spec.watch() if spec.watch else None
         if self.watcher is not None:
@@ -249,6 +252,7 @@ class _Chief:
             self._log_evaluation(pool.poll())
             if snapshot is not None:
                 pool.offer(step, snapshot)
+                self._log_evaluation(pool.poll())
         progress = {
             "step": step, "total": trainer.total_steps, "refreshes": self.refreshes, "checkpoint": self.saved,
             "snapshot": getattr(getattr(trainer, "panel", None), "durable", None),
@@ -271,7 +275,9 @@ class _Chief:
         preview = row.pop("preview", None)
         if preview is not None:
             images = torch.from_numpy(preview).float() / 127.5 - 1.0
-            save_image(self.store, f"grids/step-{row['step']:08d}-1.png", image_grid(images, PREVIEW_COLUMNS))
+            fewest = min(int(name.removeprefix("steps_")) for name in row if name.startswith("steps_"))
+            name = f"grids/step-{row['step']:08d}-{fewest}.png"
+            save_image(self.store, name, image_grid(images, PREVIEW_COLUMNS))
         if self.watcher is not None:
             self._raise(row, self.watcher.see_snapshot(row))
         self.evaluations.log(**row)
