@@ -39,6 +39,11 @@ class CurriculumConfig(Section):
 class Curriculum:
     """Says which timesteps are trained, by the loss it sees; `state` is all that its future depends on."""
 
+    moment: float
+    """Weighted sum of the stage's losses, from which their average is made."""
+    best: float
+    """The lowest average of the stage."""
+
     def __init__(self, config: CurriculumConfig, log_snr: Tensor) -> None:
         """Cut the timesteps whose log-SNR [T] is given, from almost clean to almost pure noise."""
         if config.clusters > len(log_snr):
