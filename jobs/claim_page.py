@@ -8,15 +8,15 @@ from jobs.claim_results import read_outcomes, shown_arm, shown_pair
 
 HEAD = """# Claims
 
-Every method here restates its paper's headline effect as an inequality between two arms that are measured on
-the same held-out images with the same seeds. This page is drawn by `python -m jobs.reproduce --all` from the
-outcomes in `configs/claims/*.results.json`, which the commands below make; nobody writes it by hand.
+Every method here restates its paper's headline effect as an inequality between two arms that are measured
+on the same held-out images with the same seeds. This page is drawn by `python -m jobs.reproduce --all` from
+the outcomes in `configs/claims/*.results.json`, which the commands below make; nobody writes it by hand.
 
-A claim *holds* if the whole 95 % interval of the paired difference over seeds (percentile bootstrap) is better
-by more than the claim's margin; it is *reversed* if the whole interval is worse; else it *does not show here*.
-With three seeds that interval is little more than the range of three differences and covers less than it says;
-Student's t interval is given beside it, under each claim. Minutes are the processor time of the runs from a
-clean start, {at_once} at a time.
+A claim *holds* if the whole 95 % interval of the paired difference over seeds (percentile bootstrap) is
+better by more than the claim's margin; it is *reversed* if the whole interval is worse; else it *does not
+show here*. With three seeds that interval is little more than the range of three differences and covers
+less than it says; Student's t interval is given beside it, under each claim. Minutes are the processor time
+of the runs from a clean start, {at_once} at a time.
 
 | method | paper | our claim | our figure | the paper's figure | verdict | command | minutes |
 |---|---|---|---|---|---|---|---|

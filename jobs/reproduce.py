@@ -1,10 +1,10 @@
 """Measure what papers claim: `python -m jobs.reproduce dpm-solver-v3 pag`, and `--all` for the table of all.
 
 Claims are the files of `configs/claims`. Without `--all` each named one is run over the cluster: arms by
-seeds, and the runs that they build upon. What has finished is used again. `--smoke` runs a claim's path in a
-minute and keeps nothing, for its figures mean nothing. `--all` runs nothing: it draws CLAIMS.md from the stored
-outcomes. Where COUNTERPOINT_DATA names a folder with files of MNIST's format, claims are measured on those
-images too.
+seeds, and the runs that they build upon. What has finished is used again. `--smoke` runs a claim's path in
+a minute and keeps nothing, for its figures mean nothing. `--all` runs nothing: it draws CLAIMS.md from the
+stored outcomes. Where COUNTERPOINT_DATA names a folder with files of MNIST's format, claims are measured on
+those images too.
 """
 
 import logging
