@@ -30,11 +30,17 @@ class NoiseConfig(Section):
     the network predicts the velocity e - x_0; see `counterpoint.flow`."""
     shift: float = Field(default=1.0, gt=0.0)
     """How far a flow's noise levels, in training and sampling, lean to noise; 1 spreads sigma evenly."""
+    image_scale: float = Field(default=1.0, gt=0.0)
+    """What images are multiplied by before noise is added to them, which moves them apart (Li et al. 2025,
+    arXiv 2505.18521). A diffusion does so by its schedule, see `scaled_betas`, so that nothing has to be
+    divided again; a flow has `shift` = 1 / image_scale for it."""
 
     @model_validator(mode="after")
     def _check(self) -> "NoiseConfig":
         fields = type(self).model_fields
-        for name in ("beta_schedule", "prediction_type") if self.process == "flow" else ("shift",):
+        for name in (
+            ("beta_schedule", "prediction_type", "image_scale") if self.process == "flow" else ("shift",)
+        ):
             if getattr(self, name) != fields[name].default:
                 raise ValueError(
                     f"{name}={getattr(self, name)} has no meaning with process={self.process}: leave it out"
@@ -45,7 +51,12 @@ class NoiseConfig(Section):
         """Return the arguments of diffusers' schedulers of a diffusion; raises ValueError for a flow."""
         if self.process == "flow":
             raise ValueError("process=flow has no alphas_cumprod: set noise.process=diffusion")
-        return self.model_dump(exclude={"process", "shift"})
+        options = self.model_dump(exclude={"process", "shift", "image_scale"})
+        if self.image_scale == 1.0:
+            return options
+        return options | {
+            "trained_betas": scaled_betas(DDPMScheduler(**options).alphas_cumprod, self.image_scale)
+        }
 
 
 class LatentNoiseConfig(NoiseConfig):
@@ -71,6 +82,19 @@ def build_noise_scheduler(config: NoiseConfig) -> SchedulerMixin:
     if config.process == "flow":
         return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.shift)
     return DDPMScheduler(clip_sample=False, **config.diffusion_options())
+
+
+def scaled_betas(alphas_cumprod: Tensor, scale: float) -> list[float]:
+    """Return the betas [T] of the schedule by which images act as if multiplied by `scale`.
+
+    alpha c x_0 + sigma e, divided by sqrt(c^2 abar + 1 - abar) to keep its variance, is the state of a
+    schedule with abar' = c^2 abar / (c^2 abar + 1 - abar): the signal-to-noise ratio c^2 times as large. An
+    epsilon network learns the same from either; beta_t = 1 - abar'_t / abar'_{t-1}.
+    """
+    abar = alphas_cumprod.double()
+    scaled = scale**2 * abar / (scale**2 * abar + 1.0 - abar)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), scaled[:-1]])
+    return (1.0 - scaled / before).tolist()
 
 
 def check_distillable(config: NoiseConfig, teacher: str) -> None:

@@ -29,7 +29,8 @@ class PairingConfig(Section):
 
     kind: Literal["none", "assignment", "nearest"] = "none"
     """none: independent noise. assignment: a step's noise is dealt out anew among its images, so that the sum
-    of distances is least, in O(batch^3). nearest: each image takes the nearest of several noises."""
+    of distances is least, in O(batch^3). nearest: each image takes the nearest of several noises. Distances
+    are those of images in [-1,1], whatever noise.image_scale is."""
     candidates: int = Field(default=4, ge=1)
     """Noises that each image chooses from under `nearest`; 1 is independent noise."""
     centred: bool = False

@@ -58,6 +58,8 @@ def build_sampler(config: SamplerConfig, noise: SchedulerMixin) -> SchedulerMixi
     flow = follows_flow(noise)
     check_process(config.scheduler, config.options, "flow" if flow else "diffusion")
     shared = shared_options(noise, config.options) if flow else {name: noise.config[name] for name in _SHARED}
+    if not flow and noise.config.trained_betas is not None:
+        shared["trained_betas"] = noise.config.trained_betas
     try:
         return cls.from_config(shared | config.options)
     except (TypeError, ValueError, NotImplementedError) as error:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -14,7 +14,6 @@ from counterpoint.diffusion import (
     LatentNoiseConfig,
     PredictionType,
     add_noise,
-    build_noise_scheduler,
     predict_x0,
 )
 from counterpoint.student import shifted, student_timesteps
@@ -36,7 +35,8 @@ class TimestepShiftScheduler(SchedulerMixin, ConfigMixin):
     `timesteps` are the shifted times that the network must hear, so a pipeline needs no change; noise is
     added for the unshifted ones. Each step estimates x_0 with abar of the shifted time and re-noises it to
     the next unshifted time; the last returns x_0. Guidance is not part of the method: use guidance_scale 1
-    (0 where a pipeline takes that for "off").
+    (0 where a pipeline takes that for "off"). `trained_betas` take the place of the named schedule, as in
+    diffusers' own schedulers.
     """
 
     order = 1
@@ -52,6 +52,7 @@ class TimestepShiftScheduler(SchedulerMixin, ConfigMixin):
         clip_sample: bool = True,
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
+        trained_betas: list[float] | None = None,
     ) -> None:
         config = LatentNoiseConfig(
             num_train_timesteps=num_train_timesteps,
@@ -60,7 +61,8 @@ class TimestepShiftScheduler(SchedulerMixin, ConfigMixin):
             beta_start=beta_start,
             beta_end=beta_end,
         )
-        self.alphas_cumprod = build_noise_scheduler(config).alphas_cumprod
+        noise = DDPMScheduler(**config.diffusion_options(), trained_betas=trained_betas)
+        self.alphas_cumprod = noise.alphas_cumprod
         self.set_timesteps(1)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:

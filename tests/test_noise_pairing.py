@@ -10,7 +10,10 @@ from torch import Tensor
 
 from counterpoint.data import DataConfig, load_data
 from counterpoint.diffusion import NoiseConfig, NoisyBatch, build_noise_scheduler
+from counterpoint.flow import flow_sigmas
 from counterpoint.noise_pairing import Paired, PairingConfig, assign, distance, nearest, pair
+from counterpoint.sampling import SamplerConfig, build_sampler
+from counterpoint.scheduler import TimestepShiftScheduler
 from counterpoint.seeds import generator
 from counterpoint.teacher import TeacherConfig, TeacherTrainer
 
@@ -111,6 +114,35 @@ def test_what_a_choice_does_to_the_noise_can_be_taken_back() -> None:
 def test_a_correction_of_nothing_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="corrects what kind=nearest does"):
         PairingConfig(**options)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_scaled_images_are_another_schedule(scale: float) -> None:
+    """What the network sees is the state of images times `scale`, brought to the variance of the schedule."""
+    plain = build_noise_scheduler(NoiseConfig())
+    scaled = build_noise_scheduler(NoiseConfig(image_scale=scale))
+    images, noise = batch(4).images, draw(4)
+    times = torch.tensor([0, 300, 700, 999])
+    abar = plain.alphas_cumprod[times].reshape(-1, 1, 1, 1)
+    expected = plain.add_noise(scale * images, noise, times) / (scale**2 * abar + 1 - abar).sqrt()
+    torch.testing.assert_close(scaled.add_noise(images, noise, times), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_samplers_and_students_take_over_the_scale_of_images() -> None:
+    config = NoiseConfig(image_scale=2.0)
+    abar = build_noise_scheduler(config).alphas_cumprod
+    assert torch.equal(build_sampler(SamplerConfig(), build_noise_scheduler(config)).alphas_cumprod, abar)
+    student = TimestepShiftScheduler(**config.diffusion_options())
+    assert torch.equal(TimestepShiftScheduler.from_config(dict(student.config)).alphas_cumprod, abar)
+    with pytest.raises(ValueError, match=r"image_scale=2\.0 has no meaning with process=flow"):
+        NoiseConfig(process="flow", image_scale=2.0)
+
+
+def test_the_shift_of_a_flow_is_its_scale_of_images() -> None:
+    """(1 - u) c x + u e, divided by (1 - u) c + u, is the state at sigma = u / ((1 - u) c + u)."""
+    scale, u = 2.0, torch.arange(1, 1001) / 1000
+    sigmas = flow_sigmas(torch.arange(1000), 1000, 1 / scale)
+    torch.testing.assert_close(sigmas, u / ((1 - u) * scale + u))
 
 
 def trainer(**pairing: Any) -> TeacherTrainer:
