@@ -1,7 +1,7 @@
 """What every trainer's optimizer is set to, weights by name, and sharing a batch out."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from counterpoint.section import Section
 class OptimizerConfig(Section):
     """AdamW with linear warm-up, cosine or constant learning rate, gradient clipping and EMA."""
 
+    name: Literal["adamw"] = "adamw"
+    """The one optimizer that FSDP2 and every ZeRO stage can take, each reading the state of any other."""
     learning_rate: Annotated[Scheduled, bounds(gt=0.0)] = 1e-3
     """Peak learning rate; or, with `decay: false`, a schedule of it."""
     betas: tuple[float, float] = (0.9, 0.99)

@@ -48,6 +48,7 @@ MISTAKES = {
     "trainer.strategy.zero_stage=4": r"trainer\.strategy\.zero_stage.*4",
     "trainer.strategy.zero_stage=3": r"zero_stage=3 with name=ddp.*set name=deepspeed",
     "trainer.strategy.offload=true": r"offload=true with name=ddp.*set name=fsdp",
+    "adversarial.optimizer.name=muon trainer.strategy.name=deepspeed": r"optimizer\.name.*muon.*adamw",
     "critics.replicas=2": r"critics\.replicas=2 does not divide trainer\.workers=1",
     "critics.actors=0 trainer.workers=2": r"critics\.actors=0 .*trainer\.workers=2.*set critics\.actors to 1",
     "adversarial.batch_size=15 trainer.workers=2": r"adversarial\.batch_size.*15",
