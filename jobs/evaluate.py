@@ -16,7 +16,7 @@ from counterpoint.data import load_data
 from counterpoint.diffusion import build_noise_scheduler
 from counterpoint.evaluation import solver_errors
 from counterpoint.pipeline import ClassConditionalPipeline
-from counterpoint.sampling import SamplerConfig, build_sampler
+from counterpoint.sampling import SamplerConfig, build_sampler, default_sampler
 from counterpoint.section import Section
 from jobs.config import run_job
 from jobs.run_names import RunUri
@@ -38,8 +38,8 @@ class EvaluateConfig(Section):
     sampler: SamplerConfig | None = None
     """The sampler to score a teacher with; the one that was saved with the run unless given."""
     reference_steps: int = Field(default=0, ge=0)
-    """Steps of DDIM whose images are taken as the exact solution, to which those of the sampler have the
-    root mean square distance `error_n`; 0 leaves that out."""
+    """Steps of DDIM, or of Euler's method for a flow, whose images are taken as the exact solution, to which
+    those of the sampler have the root mean square distance `error_n`; 0 leaves that out."""
     reference_samples: int = Field(default=64, ge=1)
     """Images that this is measured on."""
     evaluation: EvaluatorsConfig = EvaluatorsConfig()
@@ -73,7 +73,9 @@ def errors(
     config: EvaluateConfig, pipeline: ClassConditionalPipeline, teacher: TrainConfig
 ) -> dict[str, float]:
     """Return `error_n` for each number of steps; the fine solution clips nothing."""
-    plain = SamplerConfig(options={"timestep_spacing": "trailing", "clip_sample": False})
+    plain = default_sampler(teacher.noise)
+    if teacher.noise.process == "diffusion":
+        plain = SamplerConfig(options={"timestep_spacing": "trailing", "clip_sample": False})
     reference = build_sampler(plain, build_noise_scheduler(teacher.noise))
     found = solver_errors(
         pipeline, reference, config.reference_steps, config.steps, config.reference_samples, config.evaluation

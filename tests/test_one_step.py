@@ -73,7 +73,7 @@ def test_it_is_stock_and_survives_storage(tmp_path: Path) -> None:
 
 def test_the_noise_schedule_is_the_teachers_own() -> None:
     wanted = LatentNoiseConfig(beta_end=0.013, prediction_type="v_prediction")
-    assert noise_of(dict(EulerDiscreteScheduler(**wanted.model_dump()).config)) == wanted
+    assert noise_of(dict(EulerDiscreteScheduler(**wanted.diffusion_options()).config)) == wanted
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
         noise_of(dict(DDIMScheduler(rescale_betas_zero_snr=True).config))
     with pytest.raises(ValueError, match="FlowMatch"):
