@@ -16,13 +16,14 @@ from counterpoint.critics.panel import Panel
 from counterpoint.data import DataConfig, load_data
 from counterpoint.diffusion import NoiseConfig, build_noise_scheduler
 from counterpoint.distillation import AdversarialConfig, Distiller, WarmupConfig
+from counterpoint.dit import DiTConfig, build_network
 from counterpoint.pairs import Pairs, PairsConfig, make_pairs, pairs_from_tensors
 from counterpoint.place import Place
 from counterpoint.sampling import build_sampler
 from counterpoint.seeds import seed_of
 from counterpoint.student import MAX_STEPS, StudentConfig, student_timesteps
 from counterpoint.teacher import TeacherConfig, TeacherTrainer
-from counterpoint.unet import UNetConfig, build_unet, frozen
+from counterpoint.unet import UNetConfig, frozen
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class TeacherRecipe:
     """What a teacher's trainer is made of; call it in a worker."""
 
     data: DataConfig
-    unet: UNetConfig
+    network: UNetConfig | DiTConfig
     noise: NoiseConfig
     teacher: TeacherConfig
     seed: int
@@ -40,11 +41,15 @@ class TeacherRecipe:
 
     def __call__(self, place: Place, store: RunStore, report: Report) -> TeacherTrainer:
         """Build this rank's trainer."""
+        noise = build_noise_scheduler(self.noise)
+        train = load_data(self.data).train
+        return TeacherTrainer(self.build(), noise, train, self.teacher, self.seed, place, self.accumulate)
+
+    def build(self) -> Any:
+        """Build the network with its first weights."""
         train = load_data(self.data).train
         channels, side, _ = train.image_shape
-        unet = build_unet(self.unet, channels, side, train.num_classes, seed_of(self.seed, "unet"))
-        noise = build_noise_scheduler(self.noise)
-        return TeacherTrainer(unet, noise, train, self.teacher, self.seed, place, self.accumulate)
+        return build_network(self.network, channels, side, train.num_classes, seed_of(self.seed, "unet"))
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ def _content(record: RunRecord) -> dict[str, Any]:
 def _title(record: RunRecord) -> str:
     if record.is_policy:
         return "A vision-language-action policy"
+    if record.is_linear:
+        return f"A linear diffusion transformer{f' of {record.source}' if record.source else ''}"
     what = "A one-step student" if record.is_student else "A diffusion teacher"
     return f"{what} of {record.source}" if record.source else what
 
@@ -100,7 +102,8 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     """Return (name, figure, remark) of the figures that are shown large."""
     if record.is_policy:
         return _policy_tiles(record)
-    who, steps = ("student", 1) if record.is_student else max(record.scores, default=("teacher", 0))
+    one_step = record.is_student and not record.is_linear
+    who, steps = ("student", 1) if one_step else max(record.scores, default=("teacher", 0))
     row = record.scores.get((who, steps), {})
     figures = {"Frechet distance": number(row.get("fd"))}
     figures |= {name: share(row.get(name)) for name in ("recall", "precision", "accuracy")}
@@ -136,8 +139,8 @@ def _samples(record: RunRecord) -> list[dict[str, str]]:
 
 
 def _frames(record: RunRecord) -> list[dict[str, str]]:
-    """Return the one-step grids over training; of many, an even choice with the first and the last."""
-    shots = record.snapshots(1)
+    """Return the grids in the fewest steps over training; of many, an even choice with both ends."""
+    shots = record.snapshots(min(record.steps_scored(), default=1))
     if len(shots) > MAX_FRAMES:
         shots = [shots[round(i * (len(shots) - 1) / (MAX_FRAMES - 1))] for i in range(MAX_FRAMES)]
     return [

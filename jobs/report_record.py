@@ -97,6 +97,11 @@ class RunRecord:
         """Whether the run trained a robot's policy."""
         return self.config.get("learner") == "policy"
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the run made a diffusion transformer linear."""
+        return self.config.get("learner") == "linear"
+
     @cached_property
     def scores(self) -> dict[tuple[str, int], Row]:
         """The rows of results by ("teacher" or "student", number of steps)."""

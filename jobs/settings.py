@@ -11,10 +11,12 @@ from counterpoint.critics.config import CriticsConfig
 from counterpoint.data import DataConfig
 from counterpoint.diffusion import NoiseConfig
 from counterpoint.distillation import AdversarialConfig, WarmupConfig
+from counterpoint.dit import DiTConfig
 from counterpoint.evaluation import EvaluationConfig
+from counterpoint.flow import check_process
 from counterpoint.metrics.features import FeatureConfig
 from counterpoint.pairs import PairsConfig
-from counterpoint.sampling import SamplerConfig
+from counterpoint.sampling import SamplerConfig, default_sampler
 from counterpoint.section import Section
 from counterpoint.student import StudentConfig
 from counterpoint.teacher import TeacherConfig
@@ -27,7 +29,8 @@ class EvaluatorsConfig(EvaluationConfig):
     """What is scored, and by how many evaluation workers."""
 
     workers: int = Field(default=1, ge=0)
-    """Evaluation workers, each scoring a shard; 0 scores in the driver's process and only at the end."""
+    """Evaluation workers, each scoring a shard. With 0 the driver's process scores the end, and a teacher's
+    trainer its snapshots, for which training waits; a student's are then not scored."""
     cpus_per_worker: float = Field(default=0.25, gt=0.0)
     """Logical CPUs reserved for each."""
     gpus_per_worker: float = Field(default=0.0, ge=0.0)
@@ -113,7 +116,7 @@ class TrainConfig(Section):
     """Train a class-conditional diffusion teacher."""
 
     learner: Literal["diffusion"] = "diffusion"
-    """What is trained: diffusion (this), or policy, which has a configuration of its own."""
+    """What is trained: diffusion (this), or linear or policy, which have configurations of their own."""
     run: RunUri = "runs/digits/teacher"
     """URI of the run's storage: a local path, s3://, gs:// or whatever fsspec knows."""
     resume: bool = False
@@ -124,25 +127,49 @@ class TrainConfig(Section):
     """Images to learn."""
     unet: UNetConfig = UNetConfig()
     """The network."""
+    dit: DiTConfig | None = None
+    """A diffusion transformer in place of the UNet."""
     noise: NoiseConfig = NoiseConfig()
     """The forward process."""
     teacher: TeacherConfig = TeacherConfig()
     """Training."""
-    sampler: SamplerConfig = SamplerConfig()
-    """The sampler that figures and pictures of the teacher are made with."""
+    sampler: SamplerConfig = Field(
+        default_factory=lambda given: default_sampler(given.get("noise", NoiseConfig()))
+    )
+    """The sampler that figures and pictures of the teacher are made with; Euler's for a flow unless given."""
     steps: tuple[int, ...] = (1, 4, 25)
     """Numbers of steps at which the teacher is scored."""
     features: FeatureConfig = FeatureConfig()
     """The feature space of all figures, trained or loaded once and stored with the teacher."""
     evaluation: EvaluatorsConfig = EvaluatorsConfig(every=0)
-    """Scoring."""
+    """Scoring. `every` draws a learning curve, in figures `fd_at_<training step>`."""
+    target_fd: float | None = Field(default=None, gt=0.0)
+    """A distance, in the most of `steps`, that the learning curve is to reach: `steps_to_target` says after
+    how many training steps it did, between snapshots by the logarithm. Where it did not, that is a lower
+    bound: the last snapshot's step and `evaluation.every` more."""
     trainer: TrainerConfig = TrainerConfig()
     """Workers, checkpoints and failures."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         check_batch_sizes({"teacher.batch_size": self.teacher.batch_size}, self.trainer)
+        check_process(self.sampler.scheduler, self.sampler.options, self.noise.process)
+        if self.target_fd is not None and not self.evaluation.every:
+            raise ValueError(
+                f"target_fd={self.target_fd} is looked for in scores of snapshots, and evaluation.every=0 "
+                "takes none: set evaluation.every to the steps between two"
+            )
+        if self.dit is not None and self.dit.learned_variance and self.noise.process == "flow":
+            raise ValueError(
+                "dit.learned_variance=true with noise.process=flow: a flow's steps have no variance; set "
+                "learned_variance=false, or process=diffusion"
+            )
         return self
+
+    @property
+    def network(self) -> UNetConfig | DiTConfig:
+        """The shape of the network that is trained."""
+        return self.dit or self.unet
 
 
 class DistillConfig(Section):
