@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,7 +13,7 @@ from counterpoint.footprint.learner import MicroStep
 from counterpoint.student import StudentConfig, student_x0
 
 
-def teacher_micro_step(noise: DDPMScheduler, shape: tuple[int, int, int], samples: int) -> MicroStep:
+def teacher_micro_step(noise: SchedulerMixin, shape: tuple[int, int, int], samples: int) -> MicroStep:
     """Return the diffusion loss on `samples` images of `shape` [C,H,W]; see `TeacherTrainer.step`."""
 
     def loss(network: Callable[..., Any]) -> Tensor:
