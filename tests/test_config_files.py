@@ -1,5 +1,7 @@
-"""Every YAML file in `configs` is one that its verb takes: no field is misspelt, no value refused."""
+"""Every YAML file in `configs` is one that its verb takes, and so is the README's command with it."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ FILES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "conf
 MODELS: dict[str, type[Section]] = {
     "bench/memory": MemoryBenchConfig, "bench/scale": ScaleBenchConfig, "bench/sdxl": SdxlBenchConfig,
     "digits/ablation": AblateConfig, "digits/chaos": ChaosConfig, "digits/chaos_demo": DemoConfig,
+    "digits/curve": TrainConfig,
     "digits/demo": DemoConfig, "digits/distill": DistillConfig, "digits/teacher": TrainConfig,
     "digits/flow": TrainConfig, "digits/warmup": DistillConfig, "digits/sweep": TuneConfig,
     "digits/pbt": TuneConfig,
@@ -58,6 +61,35 @@ def test_a_configuration_file_is_taken(name: str, monkeypatch: pytest.MonkeyPatc
         model = plan_of([file])
     assert model is not None, f"{name} is in no verb's hands: name its model here"
     load_config(model, [file])
+
+
+def readme_commands() -> list[tuple[str, list[str]]]:
+    """Verb and arguments of the README's commands, of benchmarks and submitted jobs those of their own."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if "python -m jobs." in line and line.count("`") % 2 == 0]
+    found = [re.split(r"`|&&|#", part)[0] for line in lines for part in line.split("python -m jobs.")[1:]]
+    commands = [
+        words[words.index("--") + 1 :] if "--" in words else words for words in map(shlex.split, found)
+    ]
+    return [(w[0], w[2:] if w[0] == "bench" else w[1:]) for w in commands if w]
+
+
+COMMANDS = [
+    (verb, arguments)
+    for verb, arguments in readme_commands()
+    if arguments and arguments[0].startswith("configs/") and all("=" in word for word in arguments[1:])
+]
+"""Those of a file of the repository and settings, as they stand."""
+
+
+@pytest.mark.parametrize(("verb", "arguments"), COMMANDS, ids=[" ".join([v, *a]) for v, a in COMMANDS])
+def test_a_command_of_the_readme_is_taken(
+    verb: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert (ROOT / "jobs" / f"{verb}.py").is_file()
+    model = MODELS[arguments[0].removeprefix("configs/").removesuffix(".yaml")]
+    load_config(model, arguments)
 
 
 @pytest.mark.parametrize(
