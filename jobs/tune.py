@@ -56,9 +56,11 @@ def main(config: TuneConfig) -> dict[str, Any]:
         check_fits(room, pools)
         at_once = min(room.trials, config.concurrent or room.trials, max(1, trials))
         logger.info("%d trials fit at once: %s; running %d at a time", room.trials, room.why, at_once)
+        swept = time.monotonic()
         finished = sweep(config, ledger, space, order, at_once)
+        swept = time.monotonic() - swept
         results = concluded(config, ledger, order, finished, at_once)
-    results["seconds"] = round(time.monotonic() - begun, 1)
+    results |= {"seconds": round(time.monotonic() - begun, 1), "sweep_seconds": round(swept, 1)}
     results["room"] = {"trials": room.trials, "why": room.why, "at_once": at_once}
     if finished:
         write_results(store, results)
