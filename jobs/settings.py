@@ -142,7 +142,7 @@ class TrainConfig(Section):
     features: FeatureConfig = FeatureConfig()
     """The feature space of all figures, trained or loaded once and stored with the teacher."""
     evaluation: EvaluatorsConfig = EvaluatorsConfig(every=0)
-    """Scoring. `every` draws a learning curve, in figures `fd_at_<training step>`."""
+    """Scoring. `every` draws a learning curve, of which the figure `fd_halfway` is one point."""
     target_fd: float | None = Field(default=None, gt=0.0)
     """A distance, in the most of `steps`, that the learning curve is to reach: `steps_to_target` says after
     how many training steps it did, between snapshots by the logarithm. Where it did not, that is a lower

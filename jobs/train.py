@@ -109,12 +109,15 @@ def finish(config: TrainConfig, store: RunStore, seconds: dict[str, float]) -> d
     return headline | {"run": config.run, "seconds": round(sum(seconds.values()), 1), "report": report}
 
 
-def curve_figures(config: TrainConfig, store: RunStore) -> dict[str, Any]:
-    """Return the learning curve, FD in the most sampling steps by snapshot, and when it is low enough."""
-    rows = read_metrics(store, EVALUATIONS)
+def curve_figures(config: TrainConfig, store: RunStore) -> dict[str, float]:
+    """Return what is read off the learning curve, FD in the most sampling steps by training step.
+
+    `fd_halfway` is of the first snapshot that half of the training has gone into.
+    """
     key = f"steps_{max(config.steps)}"
-    curve = [(row["step"], row[key]["fd"]) for row in rows if row.get(key, {}).get("fd") is not None]
-    figures: dict[str, Any] = {f"fd_at_{step}": fd for step, fd in curve}
+    scored = [row for row in read_metrics(store, EVALUATIONS) if row.get(key, {}).get("fd") is not None]
+    curve = [(row["step"], row[key]["fd"]) for row in scored]
+    figures = {"fd_halfway": fd for step, fd in reversed(curve) if 2 * step >= config.teacher.steps}
     if config.target_fd is None or not curve:
         return figures
     unreached = curve[-1][0] + config.evaluation.every
