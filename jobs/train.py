@@ -117,7 +117,8 @@ def curve_figures(config: TrainConfig, store: RunStore) -> dict[str, float]:
     key = f"steps_{max(config.steps)}"
     scored = [row for row in read_metrics(store, EVALUATIONS) if row.get(key, {}).get("fd") is not None]
     curve = [(row["step"], row[key]["fd"]) for row in scored]
-    figures = {"fd_halfway": fd for step, fd in reversed(curve) if 2 * step >= config.teacher.steps}
+    late = [fd for step, fd in curve if 2 * step >= config.teacher.steps]
+    figures = {"fd_halfway": late[0]} if late else {}
     if config.target_fd is None or not curve:
         return figures
     unreached = curve[-1][0] + config.evaluation.every
