@@ -13,6 +13,7 @@ trainers    what any worker builds its trainer from
 prompted_trainers   the same for a text-to-image student
 policies    the same for a policy's trainer, and the policy's bundle
 evaluation  workers that score snapshots of a student, each a shard
+statistics  workers that estimate a model's statistics for a solver
 batching    requests of many callers become few batches
 sampler     hosts of policies, which choose actions for many environments
 rollouts    workers that step environments

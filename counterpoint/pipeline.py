@@ -8,7 +8,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 # diffusers loads a saved scheduler only from a module that has been imported.
-import counterpoint.scheduler  # noqa: F401
+import counterpoint.scheduler
+import counterpoint.solvers.dpm_solver_v3  # noqa: F401
 from counterpoint.guidance import BaseGuidance
 from counterpoint.sampling import Generators, sample
 from counterpoint.unet import null_class

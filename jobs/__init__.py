@@ -8,6 +8,7 @@ distill_text   a one- to four-step student of a text-to-image model (its configu
 collect    demonstrations of the scripted expert
 rollout    policies and rules of choosing actions on the same episodes (and what of it is in rollout_*)
 evaluate   figures of a finished run on held-out images
+statistics a model's statistics for DPM-Solver-v3
 sample     pictures from a finished run
 report     the report of a run, drawn again
 dashboard  the Grafana dashboard of the metrics
