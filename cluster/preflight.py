@@ -1,4 +1,4 @@
-"""What a run asks of the nodes before it starts: the same versions everywhere, and storage that all see."""
+"""What a run asks of nodes before it starts: equal versions, room to spill to, and storage that all see."""
 
 from cluster import doctor_checks as checks
 from cluster.doctor_findings import Finding
@@ -18,7 +18,8 @@ def check_nodes(storage_uri: str, timeout: float = SECONDS) -> None:
 
     Raises:
         ValueError: in one line, with the node, what it has and what to do: another version of a library or of
-            this project, or storage that a node cannot write to, or cannot see what others wrote to.
+            this project, a disk so full that Ray makes no objects, or storage that a node cannot write to, or
+            cannot see what others wrote to.
         WaitTimeout: when a node gives no answer within `timeout` seconds.
     """
     nodes = ClusterView.from_ray().nodes
@@ -28,6 +29,7 @@ def check_nodes(storage_uri: str, timeout: float = SECONDS) -> None:
     for error in answers.failures.values():
         raise error
     _refuse(checks.versions_agree({DRIVER: describe(), **answers.values}))
+    _refuse(checks.memory_suffices(nodes, answers.values))
     _refuse(checks.storage_shared(share(storage_uri, nodes, timeout)))
 
 

@@ -3,16 +3,19 @@
 import json
 from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 
 from cluster import doctor_checks as checks
+from cluster import preflight
 from cluster.doctor import arguments, write
 from cluster.doctor_exposure import Exposure, who_is_let_in
 from cluster.doctor_findings import fail, merged, ok, warn
 from cluster.doctor_network import ALL_PAIRS, RANDOM_ROUNDS, Link, rounds_of_pairs
 from cluster.doctor_probe import Gpu, Machine
 from cluster.doctor_storage import Sharing
+from cluster.everywhere import Answers
 from cluster.placement import NodeView
 
 GIB = 2**30
@@ -187,6 +190,24 @@ def test_a_clock_is_blamed_for_no_more_than_is_certain(ahead, unsure, level):
 def test_memory_and_limits(change, level, words):
     told = checks.memory_suffices([view("a")], {"a": replace(SOUND, **change)})
     assert words in only(told, level)
+
+
+def test_a_run_does_not_start_where_a_disk_is_too_full_to_spill_to(monkeypatch):
+    """Of nodes that need not exist; what is merely little is no reason."""
+    nodes = [view("a"), view("b")]
+    seen = SimpleNamespace(from_ray=lambda: SimpleNamespace(nodes=nodes))
+    monkeypatch.setattr(preflight, "ClusterView", seen)
+    monkeypatch.setattr(preflight, "describe", lambda: SOUND)
+    monkeypatch.setattr(preflight, "share", lambda *_: Sharing("s3://bucket/run", asked=3))
+    machines = {"a": SOUND, "b": replace(SOUND, disk_free=80 * GIB)}
+    monkeypatch.setattr(preflight, "on_every_node", lambda *_: Answers(machines, {}))
+    preflight.check_nodes("s3://bucket/run")
+    machines["b"] = replace(SOUND, disk_free=40 * GIB)
+    with pytest.raises(
+        ValueError, match=r"spill disk: b: 40\.0 GiB free \(96% used\).*: free some"
+    ) as caught:
+        preflight.check_nodes("s3://bucket/run")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tiny_object_store_is_told():
