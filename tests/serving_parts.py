@@ -23,7 +23,9 @@ SIDE = 8
 CREATED = 1_790_000_000
 DIGITS = ModelInfo(
     "digits", "images", "student", "digits-v1", CREATED,
-    {"classes": list(CLASSES), "height": SIDE, "width": SIDE, "channels": 1, "max_steps": 4},
+    {"classes": list(CLASSES), "height": SIDE, "width": SIDE, "channels": 1, "max_steps": 4,
+     "schedulers": ["DDIMScheduler", "UniPCMultistepScheduler"],
+     "guiders": ["ClassifierFreeGuidance", "AdaptiveProjectedGuidance"]},
 )  # fmt: skip
 BLOCKS = ModelInfo(
     "blocks", "actions", "policy@7", "blocks-v1", CREATED + 1,

@@ -71,6 +71,22 @@ def test_defaults_are_one_image_in_one_step_of_the_first_model(client, backend):
     assert [asked for asked, _ in backend.asked] == [ImageRequest("digits", 3, 1, 1, 1.0, 5)] * 2
 
 
+def test_the_solver_and_the_guidance_are_the_requests_own(client, backend):
+    body = {
+        "prompt": "3", "seed": 5, "num_inference_steps": 4, "guidance_scale": 3, **APG,
+        "scheduler": "UniPCMultistepScheduler", "guider_options": {"eta": 0.5, "stop": None, "start": 0},
+    }  # fmt: skip
+    answer = client.post(URL, json=body).json()
+    options = {"start": 0.0, "eta": 0.5}
+    asked = ImageRequest("digits", 3, 1, 4, 3.0, 5, body["scheduler"], body["guider"], tuple(options.items()))
+    assert backend.asked == [(asked, 30.0)]
+    assert {name: answer[name] for name in ("scheduler", "guider", "guider_options")} == {
+        "scheduler": body["scheduler"], "guider": body["guider"], "guider_options": options,
+    }  # fmt: skip
+    plain = client.post(URL, json={"prompt": "3"}).json()
+    assert [plain[name] for name in ("scheduler", "guider", "guider_options")] == ["DDIMScheduler", None, {}]
+
+
 def test_a_seed_is_drawn_where_none_is_given_and_repeats_the_images(client):
     first, second = (client.post(URL, json={"prompt": "3"}).json() for _ in range(2))
     assert first["seed"] != second["seed"]
@@ -130,6 +146,7 @@ def test_files_are_of_the_format_that_is_asked_for(client, form):
     assert (Image.open(io.BytesIO(file)).format, answer["output_format"]) == (form.upper(), form)
 
 
+APG = {"guider": "AdaptiveProjectedGuidance"}
 REFUSALS = [
     ({"prompt": None}, "prompt", "prompt is missing or empty: name one of zero (0)"),
     ({"prompt": "  "}, "prompt", "prompt is missing or empty: name one of zero (0)"),
@@ -163,6 +180,22 @@ REFUSALS = [
     ({"guidance_scale": 20.5}, "guidance_scale", "guidance_scale=20.5"),
     ({"guidance_scale": -1}, "guidance_scale", "guidance_scale=-1"),
     ({"guidance_scale": "1"}, "guidance_scale", 'guidance_scale="1"'),
+    ({"scheduler": "DDPMScheduler"}, "scheduler", 'scheduler="DDPMScheduler"'),
+    ({"scheduler": "DEISMultistepScheduler"}, "scheduler",
+     "scheduler=DEISMultistepScheduler is not offered by model digits: ask for DDIMScheduler, UniPC"),
+    ({"scheduler": 3}, "scheduler", "scheduler=3"),
+    ({"guider": "SkipLayerGuidance"}, "guider", 'guider="SkipLayerGuidance"'),
+    ({"guider": "RatioAwareGuidance"}, "guider",
+     "guider=RatioAwareGuidance is not offered by model digits: ask for ClassifierFreeGuidance, Ada"),
+    ({"guider_options": {"eta": 0.5}}, "guider_options", "given without a guider: name one"),
+    ({**APG, "guider_options": {"layers": ["mid"]}}, "guider_options.layers", "is not a field"),
+    ({**APG, "guider_options": {"eta": "0.5"}}, "guider_options.eta", 'guider_options.eta="0.5"'),
+    ({**APG, "guider_options": {"eta": 1.5}}, "guider_options.eta", "guider_options.eta=1.5"),
+    ({**APG, "guider_options": {"start": 1.0}}, "guider_options.start", "guider_options.start=1"),
+    ({**APG, "guider_options": {"start": 0.5, "stop": 0.2}}, "guider_options.stop", "is below start=0.5"),
+    ({**APG, "guider_options": {"zero_init_steps": 1}}, "guider_options.zero_init_steps",
+     "no option of AdaptiveProjectedGuidance: it has start, stop"),
+    ({**APG, "guider_options": [1]}, "guider_options", "guider_options=a list of 1"),
     ({"response_format": "url"}, "response_format", "nothing is kept here: ask for b64_json"),
     ({"output_format": "gif"}, "output_format", 'output_format="gif"'),
     ({"output_compression": 50}, "output_compression", "=50 has no meaning for png: leave it out, or"),
@@ -314,7 +347,16 @@ def test_a_model_that_is_not_there_is_not_found(client, name):
 def test_every_field_is_described_with_an_example(client):
     document = client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
-    for name in ("ImagesBody", "ImagesAnswer", "Picture", "Usage", "TokenDetails", "Timings", "ModelCard"):
+    for name in (
+        "ImagesBody",
+        "GuiderOptions",
+        "ImagesAnswer",
+        "Picture",
+        "Usage",
+        "TokenDetails",
+        "Timings",
+        "ModelCard",
+    ):
         for field, schema in schemas[name]["properties"].items():
             nested = "$ref" in schema or "items" in schema
             assert schema.get("description"), f"{name}.{field}"

@@ -19,12 +19,26 @@ PATHS = (
 )  # fmt: skip
 FIELDS = (
     "prompt", "model", "n", "size", "seed", "response_format", "num_inference_steps", "guidance_scale",
+    "scheduler", "guider", "guider_options", "eta", "start", "stop",
     "class_label", "user", "quality", "stream", "partial_images", "output_compression",
     "observation", "images",
     "state", "instruction", "top", "selection", "num_candidates", "temperature", "mask", "decision", "rule",
     "deadline", "x\x00", "",
 )  # fmt: skip
-GOOD = ("digits", "blocks", "three", "8x8", "16x16", "auto", "b64_json", "greedy", "mg-select", "text")
+GOOD = (
+    "UniPCMultistepScheduler",
+    "AdaptiveProjectedGuidance",
+    "digits",
+    "blocks",
+    "three",
+    "8x8",
+    "16x16",
+    "auto",
+    "b64_json",
+    "greedy",
+    "mg-select",
+    "text",
+)
 numbers = st.one_of(
     st.integers(), st.floats(), st.sampled_from([2**63, 2**64, -1, 10**400, 1e308, -0.0, 0, 1, 4, 10])
 )

@@ -89,7 +89,7 @@ class ImageServer(ModelHost[ImageModel]):
             raise RuntimeError("the engine's thread has ended")
 
     def details(self, name: str, model: ImageModel) -> dict[str, Any]:
-        """Return the classes' names, the images' shape and the most steps."""
+        """Return the classes' names, the images' shape, the most steps, and how they can be sampled."""
         entry = next((entry for entry in self.settings.models if entry.name == name), None)
         side, channels = int(model.unet.config.sample_size), int(model.unet.config.in_channels)
         names = entry.classes if entry is not None else ()
@@ -97,6 +97,7 @@ class ImageServer(ModelHost[ImageModel]):
             "classes": list(names) or [str(label) for label in range(model.classes)],
             "height": side, "width": side, "channels": channels,
             "max_steps": min(entry.max_steps if entry is not None else UNLISTED_STEPS, model.max_steps),
+            "schedulers": list(model.samplers), "guiders": list(model.guiders),
             "exact_batch_sizes": list(model.sizes),
         }  # fmt: skip
 

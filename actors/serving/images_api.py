@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from actors.serving.images_sampling import GuiderName, GuiderOptions, SchedulerName
+
 LARGEST_SEED = 2**63 - 1
 LONGEST_PROMPT = 32_000
 """Characters, as in OpenAI's API."""
@@ -99,7 +101,15 @@ class ImagesBody(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0.0, le=20.0, allow_inf_nan=False)] | None = Field(
         None, examples=[1.0]
     )
-    """Ours. Classifier-free guidance; 1 by default, which is none and half the work."""
+    """Ours. Classifier-free guidance; 1 by default, which is none and half the work. Also the `guider`'s."""
+    scheduler: SchedulerName | None = Field(None, examples=["DPMSolverMultistepScheduler"])
+    """Ours. The solver, by its class name; the model's own by default. A model's `schedulers` in
+    GET /v1/models are those that it offers; a distilled student has only its own."""
+    guider: GuiderName | None = Field(None, examples=["AdaptiveProjectedGuidance"])
+    """Ours. Another guidance than the plain one, by its class name; a model's `guiders` are those that it
+    offers. It costs nothing of its own while guidance_scale is 1, save for perturbed attention."""
+    guider_options: GuiderOptions | None = Field(None, examples=[{"start": 0.0}])
+    """Ours. Numbers of the `guider`."""
     class_label: (
         Annotated[
             int | str,
@@ -211,6 +221,12 @@ class ImagesAnswer(_Answer):
     """As taken."""
     guidance_scale: float = Field(examples=[1.0])
     """As taken."""
+    scheduler: str = Field(examples=["DDIMScheduler"])
+    """As taken."""
+    guider: str | None = Field(examples=[None])
+    """As taken; null for plain guidance."""
+    guider_options: dict[str, float] = Field(examples=[{}])
+    """As given."""
     usage: Usage
     """What it took."""
     timings: Timings

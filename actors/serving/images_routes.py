@@ -12,6 +12,7 @@ from actors.serving.deadline import deadline_of
 from actors.serving.door import Door
 from actors.serving.errors import ApiError
 from actors.serving.images_api import ImagesAnswer, ImagesBody, Picture, Timings, TokenDetails, Usage
+from actors.serving.images_sampling import options_of
 from actors.serving.messages import ImageAnswer, ImageRequest, ModelInfo
 from actors.serving.pictures import pictures
 from actors.serving.prompts import classes_meant, label_of, listed
@@ -65,7 +66,7 @@ def images_router(door: Door) -> APIRouter:
             answer = await door.backend.generate(asked, deadline_s)
             door.meters.work("images", info.name, answer.work)
             files = await pictures(answer.images, factor, form, quality)
-        told = _answer(asked, answer, files, form, factor, time.perf_counter() - started)
+        told = _answer(asked, info, answer, files, form, factor, time.perf_counter() - started)
         return Response(told.model_dump_json(), 200, work_headers(answer.work), "application/json")
 
     return router
@@ -91,7 +92,37 @@ def image_request(body: ImagesBody, info: ModelInfo, limits: LimitsConfig) -> Im
         )
     guidance = 1.0 if body.guidance_scale is None else body.guidance_scale
     seed = secrets.randbelow(LARGEST_DRAWN) if body.seed is None else body.seed
-    return ImageRequest(info.name, class_asked(body, info), count, steps, guidance, seed)
+    label, options = class_asked(body, info), guider_options(body)
+    for field, asked in (("scheduler", body.scheduler), ("guider", body.guider)):
+        offered = info.details[f"{field}s"]
+        if asked is not None and asked not in offered:
+            message = f"{field}={asked} is not offered by model {info.name}: ask for {', '.join(offered)}"
+            raise ApiError("invalid_value", message, field)
+    return ImageRequest(
+        info.name, label, count, steps, guidance, seed, body.scheduler, body.guider, tuple(options.items())
+    )
+
+
+def guider_options(body: ImagesBody) -> dict[str, float]:
+    """Return the guider's options by name, without those left out.
+
+    Raises ApiError invalid_value, with the field, for options without a guider or of another one.
+    """
+    if body.guider_options is None:
+        return {}
+    given: dict[str, float] = body.guider_options.model_dump(exclude_none=True)
+    if given and body.guider is None:
+        message = "guider_options are given without a guider: name one, or leave them out"
+        raise ApiError("invalid_value", message, "guider_options")
+    known = options_of(body.guider) if body.guider else ()
+    for name in given:
+        if name not in known:
+            message = f"guider_options.{name} is no option of {body.guider}: it has {', '.join(known)}"
+            raise ApiError("invalid_value", message, f"guider_options.{name}")
+    if given.get("start", 0.0) > given.get("stop", 1.0):
+        message = f"guider_options.stop={given.get('stop')} is below start={given.get('start')}: swap them"
+        raise ApiError("invalid_value", message, "guider_options.stop")
+    return given
 
 
 def class_asked(body: ImagesBody, info: ModelInfo) -> int:
@@ -180,8 +211,9 @@ def _quality(body: ImagesBody) -> int:
 
 
 def _answer(
-    asked: ImageRequest, answer: ImageAnswer, files: list[str], form: Any, factor: int, seconds: float
-) -> ImagesAnswer:
+    asked: ImageRequest, info: ModelInfo, answer: ImageAnswer, files: list[str], form: Any, factor: int,
+    seconds: float,
+) -> ImagesAnswer:  # fmt: skip
     work, none = answer.work, TokenDetails(image_tokens=0, text_tokens=0)
     height, width = answer.images.shape[1:3]
     return ImagesAnswer(
@@ -196,6 +228,9 @@ def _answer(
         seed=asked.seed,
         num_inference_steps=asked.steps,
         guidance_scale=asked.guidance_scale,
+        scheduler=asked.scheduler or info.details["schedulers"][0],
+        guider=asked.guider,
+        guider_options=dict(asked.guider_options),
         usage=Usage(
             input_tokens=0,
             output_tokens=0,

@@ -26,7 +26,8 @@ class ModelInfo:
     created: int
     """When the checkpoint was committed, seconds since 1970."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """JSON-able. images: classes (names by label), height, width, channels, max_steps. actions:
+    """JSON-able. images: classes (names by label), height, width, channels, max_steps, schedulers (the
+    model's own first), guiders. actions:
     observation_space, action_space (as `model_dump(mode="json")`), conditions (sorted)."""
     refused: str | None = None
     """Why a promotion was not followed, if the last one was not."""
@@ -42,6 +43,12 @@ class ImageRequest:
     steps: int = 1
     guidance_scale: float = 1.0
     seed: int = 0
+    scheduler: str | None = None
+    """Class name of one that the model offers; its own unless given."""
+    guider: str | None = None
+    """Class name of one that the model offers; `guidance_scale` is its, or else plain guidance's."""
+    guider_options: tuple[tuple[str, float], ...] = ()
+    """Names and values."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from actors.serving.door import Door
 from actors.serving.messages import Kind, ModelInfo
 
-EXAMPLE_DETAILS = {"classes": ["zero", "one"], "height": 16, "width": 16, "channels": 1, "max_steps": 4}
+EXAMPLE_DETAILS = {
+    "classes": ["zero", "one"], "height": 16, "width": 16, "channels": 1, "max_steps": 4,
+    "schedulers": ["DDIMScheduler"], "guiders": ["ClassifierFreeGuidance"],
+}  # fmt: skip
 
 
 class ModelCard(BaseModel):
@@ -33,8 +36,9 @@ class ModelCard(BaseModel):
     refused: str | None = Field(examples=[None])
     """Ours. Why the last promotion was not followed, where it was not."""
     details: dict[str, Any] = Field(examples=[EXAMPLE_DETAILS])
-    """Ours. Of images: the names of the classes by label, height, width, channels, and the most
-    num_inference_steps. Of actions: observation_space, action_space, and conditions that can be masked."""
+    """Ours. Of images: the names of the classes by label, height, width, channels, the most
+    num_inference_steps, and the names of schedulers (its own first) and guiders. Of actions:
+    observation_space, action_space, and conditions that can be masked."""
 
 
 class ModelList(BaseModel):

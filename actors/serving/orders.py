@@ -1,12 +1,19 @@
 """One request on its way through the engine: its images under way, and what it took to make them."""
 
+import copy
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+from diffusers import SchedulerMixin
+from diffusers.guiders import BaseGuidance
 
 from actors.serving.image_model import ImageModel
+from actors.serving.images_sampling import scale_of
 from actors.serving.messages import ImageRequest
+from counterpoint.flow import set_steps
+from counterpoint.guidance import GuiderConfig, build_guider
 from counterpoint.inflight import Chain
 from counterpoint.seeds import generator
 
@@ -46,8 +53,15 @@ class Order:
 
     @property
     def rows(self) -> int:
-        """Rows of each of its images."""
-        return 1 if self.request.guidance_scale == 1.0 else 2
+        """Rows of each of its images, at the most."""
+        if self.guider is None:
+            return 1 if self.request.guidance_scale == 1.0 else 2
+        return int(self.guider.num_conditions)
+
+    @cached_property
+    def guider(self) -> BaseGuidance | None:
+        """The guider of its images, which each copies."""
+        return guider_of(self.request)
 
     @property
     def unborn(self) -> range:
@@ -59,8 +73,9 @@ class Order:
         asked = self.request
         stream = generator(asked.seed, "sample", asked.label, index)
         self.flying[index] = Chain(
-            self.model.unet, self.model.scheduler, asked.label, asked.steps, asked.guidance_scale, stream
-        )
+            self.model.unet, scheduler_of(self.model, asked), asked.label, asked.steps, asked.guidance_scale,
+            stream, self.guider,
+        )  # fmt: skip
 
     def settle(self, now: float) -> None:
         """Take what has finished out of the batch; answer once that is all."""
@@ -99,6 +114,28 @@ def check(model: ImageModel, request: ImageRequest) -> None:
         raise ValueError(f"count={request.count}: ask for at least 1 image")
     if not np.isfinite(request.guidance_scale):
         raise ValueError(f"guidance_scale={request.guidance_scale} must be a finite number, 1 for none")
+    if request.scheduler is not None:
+        if request.scheduler not in model.samplers:
+            raise ValueError(
+                f"scheduler={request.scheduler}: the model offers {', '.join(model.samplers) or 'none'}"
+            )
+        set_steps(copy.deepcopy(scheduler_of(model, request)), request.steps)
+    if request.guider is not None and request.guider not in model.guiders:
+        raise ValueError(f"guider={request.guider}: the model offers {', '.join(model.guiders) or 'none'}")
+    guider_of(request)
+
+
+def scheduler_of(model: ImageModel, request: ImageRequest) -> SchedulerMixin:
+    """Return the scheduler that a request asks for, the same object for all that ask for the same."""
+    return model.scheduler if request.scheduler is None else model.samplers[request.scheduler]
+
+
+def guider_of(request: ImageRequest) -> BaseGuidance | None:
+    """Return a new guider as the request asks for it; none for plain guidance. Raises as `build_guider`."""
+    if request.guider is None:
+        return None
+    options = {scale_of(request.guider): request.guidance_scale, **dict(request.guider_options)}
+    return build_guider(GuiderConfig(guider=request.guider, options=options))
 
 
 def pixels(chain: Chain) -> np.ndarray:
