@@ -2,6 +2,8 @@
 
 import math
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,15 +11,20 @@ import pytest
 import torch
 from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
 from flow_parts import MixtureFlow
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from tiny import unet
 from torch import Tensor
 
+from cluster.storage import RunStore
 from counterpoint.diffusion import NoiseConfig, build_noise_scheduler
 from counterpoint.guidance import GuiderConfig, build_guider, guided
 from counterpoint.guiders.ratio_aware import RatioAwareGuidance, Ratios
 from counterpoint.sampling import SamplerConfig, build_sampler, default_sampler, sample
 from counterpoint.seeds import generator
+from jobs.ratio import RatioConfig, main, profile
+from jobs.runs import load_pipeline, save_pipeline
 
 FLOW = NoiseConfig(process="flow")
 PER_CLASS = 32
@@ -170,12 +177,15 @@ def mixture() -> MixtureFlow:
     return MixtureFlow(images[:600].reshape(-1, 1, 8, 8), labels[:600], 10, 0.35)
 
 
+def euler() -> Any:
+    return build_sampler(default_sampler(FLOW), build_noise_scheduler(FLOW))
+
+
 def trade(guider: BaseGuidance, steps: int) -> tuple[float, float]:
     """Return accuracy, and the mean over classes of the sliced Wasserstein distance to data of the class."""
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
     noise = torch.randn(len(labels), 1, 8, 8, generator=generator(0, "noise"))
-    scheduler = build_sampler(default_sampler(FLOW), build_noise_scheduler(FLOW))
-    made = sample(mixture(), scheduler, noise, labels, steps, guider=guider)[0].flatten(1)
+    made = sample(mixture(), euler(), noise, labels, steps, guider=guider)[0].flatten(1)
     accuracy = float((classifier().predict(made.numpy()) == labels.numpy()).mean())
     points, classes = digits()
     stream = generator(1, "real")
@@ -205,3 +215,39 @@ def test_few_steps_stay_nearer_to_the_data_than_with_a_constant_scale() -> None:
     assert accuracy >= max(found for found, _ in constant.values()) - 0.01
     assert distance < 0.7 * constant[4.0][1]
     assert distance < 0.55 * constant[7.0][1]
+
+
+def test_the_profile_of_a_run_shows_the_spike_of_the_first_steps() -> None:
+    pipeline = SimpleNamespace(unet=mixture(), scheduler=euler())
+    table = profile(pipeline, RatioConfig(steps=10, samples=20))
+    ratios = {row["sigma"]: row["ratio"] for row in table}
+    # A figure of this data, see the closed form above; the sheet has 0.28 at 1 and below 0.05 after 0.45.
+    assert ratios[1.0] == pytest.approx(0.28, abs=0.04)
+    assert max(ratios, key=lambda sigma: ratios[sigma]) >= 0.7
+    assert all(ratio < 0.08 for sigma, ratio in ratios.items() if sigma <= 0.4)
+    scales = [row["scale"] for row in table]
+    assert max(scales[:4]) < 4 < min(scales[-3:])
+
+
+def test_a_run_is_measured_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_pipeline(RunStore(str(tmp_path)), unet().eval(), euler())
+    config = RatioConfig(run=str(tmp_path), steps=2, samples=4, out=str(tmp_path / "pictures" / "ratio.png"))
+    found = main(config)
+    table = profile(load_pipeline(RunStore(str(tmp_path))), config)
+    assert found["peak_ratio"] == max(row["ratio"] for row in table)
+    assert "sigma 0.5" in capsys.readouterr().err
+    with Image.open(found["out"]) as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+
+
+@pytest.mark.parametrize(
+    ("guider", "message"),
+    [
+        (GuiderConfig(), "guider.guider=ClassifierFreeGuidance measures no ratio"),
+        (GuiderConfig(guider="RatioAwareGuidance", options={"stop": 0.5}), "leave out start and stop"),
+    ],
+)
+def test_a_profile_without_ratios_is_refused(guider: GuiderConfig, message: str) -> None:
+    pipeline = SimpleNamespace(unet=mixture(), scheduler=euler())
+    with pytest.raises(ValueError, match=message):
+        profile(pipeline, RatioConfig(guider=guider, samples=2, steps=4))
