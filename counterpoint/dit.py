@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    ModelMixin,  # noqa: F401  diffusers loads a saved DiT through what it finds here
+)
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils import BaseOutput
 from pydantic import Field, model_validator

@@ -4,6 +4,8 @@ import sys
 from typing import Any
 
 from jobs import (
+    bench_attention,
+    bench_guidance,
     bench_heads,
     bench_memory,
     bench_panel,
@@ -17,6 +19,8 @@ from jobs import (
 from jobs.config import run_job
 
 BENCHES: dict[str, Any] = {
+    "attention": (bench_attention.main, bench_attention.AttentionBenchConfig),
+    "guidance": (bench_guidance.main, bench_guidance.GuidanceBenchConfig),
     "heads": (bench_heads.main, bench_heads.HeadsBenchConfig),
     "panel": (bench_panel.main, bench_panel.PanelBenchConfig),
     "sampler": (bench_sampler.main, bench_sampler.SamplerBenchConfig),

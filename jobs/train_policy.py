@@ -34,7 +34,7 @@ class PolicyTrainConfig(Section):
     """Train a policy that emits chunks of actions as tokens."""
 
     learner: Literal["policy"] = "policy"
-    """What is trained: policy (this), or diffusion, which has a configuration of its own."""
+    """What is trained: policy (this), or diffusion or linear, which have configurations of their own."""
     run: RunUri = "runs/vla/policy"
     """URI of the run's storage: a local path, s3://, gs:// or whatever fsspec knows."""
     resume: bool = False

@@ -20,6 +20,7 @@ from jobs.collect import CollectConfig
 from jobs.config import load_config
 from jobs.demo import DemoConfig
 from jobs.encode import EncodeConfig
+from jobs.linearize import LinearizeConfig
 from jobs.plan_settings import plan_of
 from jobs.rollout import RolloutConfig
 from jobs.serve import ServeConfig
@@ -35,6 +36,7 @@ MODELS: dict[str, type[Section]] = {
     "bench/memory": MemoryBenchConfig, "bench/scale": ScaleBenchConfig, "bench/sdxl": SdxlBenchConfig,
     "digits/ablation": AblateConfig, "digits/chaos": ChaosConfig, "digits/chaos_demo": DemoConfig,
     "digits/curve": TrainConfig,
+    "digits/dit": TrainConfig, "digits/lit": LinearizeConfig,
     "digits/demo": DemoConfig, "digits/distill": DistillConfig, "digits/teacher": TrainConfig,
     "digits/flow": TrainConfig, "digits/warmup": DistillConfig, "digits/sweep": TuneConfig,
     "digits/pbt": TuneConfig,
