@@ -47,7 +47,10 @@ class EvaluateConfig(Section):
 
 
 def main(config: EvaluateConfig) -> dict[str, Any]:
-    """Return figures as `fd_1`, `kid_1`, `error_1` ... for each number of steps, beside the floor's."""
+    """Return figures as `fd_1`, `kid_1`, `error_1` ... for each number of steps, beside the floor's.
+
+    Those of the last number of steps are also there as `fd`, `kid` ...: for comparisons at equal cost.
+    """
     uri = config.teacher or teacher_of(config.run)
     teacher: TrainConfig = read_config(RunStore(uri), TrainConfig)
     data = load_data(teacher.data)
@@ -64,6 +67,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     figures = {
         f"{key}_{n}": value for n in config.steps for key, value in tables["test"][f"steps_{n}"].items()
     }
+    figures |= tables["test"][f"steps_{config.steps[-1]}"]
     if config.reference_steps:
         figures |= errors(config, pipeline, teacher)
     return {"run": config.run, "floor_fd": table[0]["fd"]} | figures
