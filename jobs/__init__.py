@@ -10,6 +10,7 @@ rollout    policies and rules of choosing actions on the same episodes (and what
 evaluate   figures of a finished run on held-out images
 statistics a model's statistics for DPM-Solver-v3
 sample     pictures from a finished run
+ratio      how large guidance is beside a flow's velocity, step by step
 report     the report of a run, drawn again
 dashboard  the Grafana dashboard of the metrics
 plan       what a job will hold, whether it fits, and where (plan_* and memory_probe: its parts)

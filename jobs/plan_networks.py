@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from actors.prompted import is_hub_id, model_part
@@ -16,11 +16,11 @@ from cluster.storage import RunStore
 from counterpoint.critics.encoder import FrozenEncoder
 from counterpoint.critics.prompted_encoder import PromptedEncoder
 from counterpoint.data import load_data
-from counterpoint.diffusion import NoiseConfig, build_noise_scheduler
+from counterpoint.diffusion import NoiseConfig, build_noise_scheduler, check_distillable
+from counterpoint.dit import build_network
 from counterpoint.lora import add_lora
 from counterpoint.prompted import PromptedUNet
 from counterpoint.tiny_sdxl import build_tiny_sdxl
-from counterpoint.unet import build_unet
 from jobs.config import parse_config
 from jobs.encode import EncodeConfig
 from jobs.plan_settings import DistillPlan, MachinesConfig, TextPlan, TrainPlan
@@ -38,7 +38,7 @@ class Network:
 
     shape: tuple[int, int, int]
     """Shape [C,H,W] of a sample."""
-    noise: DDPMScheduler
+    noise: SchedulerMixin
     build: Callable[[], nn.Module]
     """Builds the network that learns."""
     frozen: Callable[[], nn.Module]
@@ -59,13 +59,16 @@ def network_of(config: MachinesConfig) -> Network:
     store = RunStore(config.teacher)
     if not store.exists(f"{PIPELINE}/unet/config.json"):
         if config.teacher_config is not None:
-            return _trained(parse_config(TrainConfig, [str(config.teacher_config)]))
+            unborn: TrainConfig = parse_config(TrainConfig, [str(config.teacher_config)])
+            check_distillable(unborn.noise, config.teacher)
+            return _trained(unborn)
         raise ValueError(
             f"teacher={config.teacher} is not a finished run: train it, or give its configuration, such as "
             "teacher_config=configs/digits/teacher.yaml"
         )
     shape = json.loads(store.read_text(f"{PIPELINE}/unet/config.json"))
     teacher: TrainConfig = read_config(store, TrainConfig)
+    check_distillable(teacher.noise, config.teacher)
     images = int(load_data(teacher.data).train.images.nbytes)
     return _of_unet(lambda: UNet2DModel.from_config(shape), shape, teacher.noise, images)
 
@@ -76,7 +79,7 @@ def _trained(teacher: TrainConfig) -> Network:
     shape = {"in_channels": channels, "sample_size": side}
 
     def build() -> nn.Module:
-        return build_unet(teacher.unet, channels, side, train.num_classes, 0)
+        return build_network(teacher.network, channels, side, train.num_classes, 0)
 
     return _of_unet(build, shape, teacher.noise, train.images.nbytes)
 
