@@ -1,7 +1,6 @@
 """The 1,797 real handwritten digits (grey, 8x8, ten classes) that come with scikit-learn."""
 
 import torch
-from sklearn.datasets import load_digits
 
 from counterpoint.data.config import DataConfig
 from counterpoint.data.images import ImageSet, Split, resize
@@ -19,6 +18,8 @@ def load(config: DataConfig) -> Split:
 
 def read(image_size: int | None = None) -> ImageSet:
     """All digits in the order of scikit-learn; its pixel values 0 to 16 are mapped to [-1, 1]."""
+    from sklearn.datasets import load_digits  # slow to import; see stratified_indices
+
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float().div(8).sub(1).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).long()

@@ -1,7 +1,6 @@
 """Seeded, class-balanced choices of images: the train and test split, and small training subsets."""
 
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from counterpoint.data.images import ImageSet, Split
@@ -22,6 +21,9 @@ def stratified_split(images: ImageSet, test_size: int | float, seed: int) -> Spl
 
 def stratified_indices(labels: Tensor, test_size: int | float, seed: int) -> tuple[Tensor, Tensor]:
     """The ascending indices (int64) of train and of test for `labels` (int64 [N])."""
+    # Slow to import, and most processes that import this never split anything.
+    from sklearn.model_selection import train_test_split
+
     try:
         train, test = train_test_split(
             torch.arange(len(labels)).numpy(), test_size=test_size, random_state=seed, stratify=labels.numpy()
