@@ -96,7 +96,7 @@ def flip_a_byte(uri, step, name):
 def test_teacher_leaves_everything_that_later_jobs_need(tiny_teacher):
     store = RunStore(tiny_teacher)
     results = read_results(store)
-    assert set(results["headline"]) == {"floor_fd", "teacher_1_fd", "teacher_4_fd"}
+    assert set(results["headline"]) >= {"floor_fd", "teacher_1_fd", "teacher_4_fd"}
     assert [row["name"] for row in results["rows"]] == [
         "real vs real (floor)",
         "teacher, 1 step",
@@ -120,7 +120,7 @@ def test_teacher_leaves_everything_that_later_jobs_need(tiny_teacher):
 def test_student_leaves_results_grids_and_a_report(tiny_run):
     store = RunStore(tiny_run)
     results = read_results(store)
-    assert set(results["headline"]) == {
+    assert set(results["headline"]) >= {
         "floor_fd", "teacher_1_fd", "teacher_4_fd", "student_1_fd", "student_2_fd", "student_4_fd",
         "student_1_train_fd", "student_2_train_fd", "student_4_train_fd", "student_1_accuracy",
         "student_1_recall",
@@ -289,11 +289,17 @@ def test_stopped_teacher_goes_on_as_if_nothing_had_happened(tiny_teacher, tmp_pa
     assert read_results(RunStore(run))["headline"] == read_results(RunStore(tiny_teacher))["headline"]
 
 
-def test_damaged_newest_checkpoint_costs_only_steps(tiny_teacher, tmp_path, crash_at, caplog):
+def test_a_crash_before_the_first_checkpoint_and_a_damaged_newest_one_cost_only_steps(
+    tiny_teacher, tmp_path, crash_at, caplog
+):
     run = str(tmp_path / "run")
-    crash_at(TeacherTrainer, 11)
+    crash_at(TeacherTrainer, 2)
     with pytest.raises(RuntimeError, match="fell over"):
         train.main(train_config(run))
+    crash_at(TeacherTrainer, 11)
+    with pytest.raises(RuntimeError, match="fell over"):
+        train.main(train_config(run, resume=True))
+    assert logged_steps(run) == list(range(1, 12))
     assert checkpoint_steps(RunStore(run))[-2:] == [5, 10]
     flip_a_byte(run, 10, "optimizer")
     crash_at(TeacherTrainer, None)
@@ -324,14 +330,3 @@ def test_student_stopped_in_every_stage_and_crashed_is_the_undisturbed_one(
     assert logged_steps(run) == list(range(1, STUDENT_STEPS + 1))
     expected = read_results(RunStore(tiny_run))["headline"]
     assert {name: told[name] for name in expected} == expected
-
-
-def test_crash_before_the_first_checkpoint_starts_over(tiny_teacher, tmp_path, crash_at):
-    run = str(tmp_path / "run")
-    crash_at(TeacherTrainer, 2)
-    with pytest.raises(RuntimeError, match="fell over"):
-        train.main(train_config(run))
-    crash_at(TeacherTrainer, None)
-    train.main(train_config(run, resume=True))
-    assert_same_end(run, tiny_teacher)
-    assert logged_steps(run) == list(range(1, TEACHER_STEPS + 1))

@@ -111,7 +111,9 @@ FAULTS = {
 
 
 @pytest.mark.skipif(not can_unshare(), reason="needs unshare --mount, which needs root")
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=[pytest.mark.slow] if "path" in name else []) for name in FAULTS]
+)
 def test_a_node_that_cannot_take_part_is_named(fault, fake_cluster, config_file, tmp_path, capsys):
     shell, expected = FAULTS[fault]
     folder = tmp_path / "faulty"

@@ -1,9 +1,10 @@
 """Every strategy trains the same network, and goes on from any other's checkpoint at any world size."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from strategy_parts import (
     ADAPTED,
     ADAPTED_STEPS,
     ALONE,
+    BEFORE,
     CUT,
     POLICIES,
     POLICY_STEPS,
     SHORT,
     SHORT_STEPS,
+    SLOW,
     STEPS,
     STRATEGIES,
     adapted,
@@ -50,8 +53,10 @@ from counterpoint.strategies.learner import Learner
 from jobs.config import dump_config, parse_config
 
 CLOSE = 1e-4
-NAMES = list(STRATEGIES)
-BEFORE = dict(zip(NAMES, NAMES[-1:] + NAMES[:-1], strict=True)) | {NAMES[0]: NAMES[0]}
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
 
 
 policies = partial(policy_config, demonstrations=Path("demonstrations"))
@@ -61,21 +66,24 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for all trainings
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What one process and then two have left of all trainings."""
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """What one process and then two have left of all trainings that the chosen tests look at."""
     root = tmp_path_factory.mktemp("strategies")
+    all_of_them = any(
+        item.path == request.path and item.get_closest_marker("slow") for item in request.session.items
+    )
     alone(root)
-    torch.multiprocessing.spawn(work, (str(root),), nprocs=2)
+    torch.multiprocessing.spawn(work, (str(root), set() if all_of_them else SLOW), nprocs=2)
     yield root
     shutil.rmtree(root)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", marked(STRATEGIES))
 def test_two_processes_end_with_the_student_of_one(folder: Path, name: str) -> None:
     assert difference(tensors(folder / name), tensors(folder / ALONE)) < CLOSE
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", marked(STRATEGIES))
 def test_each_rank_has_written_its_share(folder: Path, name: str) -> None:
     checkpoint = load_checkpoint(RunStore(str(folder / name)), CUT)
     for group in ("unet", "optimizer"):
@@ -86,7 +94,7 @@ def test_each_rank_has_written_its_share(folder: Path, name: str) -> None:
     assert checkpoint.tensors("unet").keys() == checkpoint.stored("unet").keys()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", marked(STRATEGIES))
 def test_one_process_goes_on_from_the_checkpoint_of_two(folder: Path, tmp_path: Path, name: str) -> None:
     trainer = student(Place())
     load(trainer, folder / name, CUT)
@@ -95,12 +103,12 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(folder: Path, tmp_path: 
     assert difference(tensors(tmp_path), tensors(folder / ALONE)) < CLOSE
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", marked(STRATEGIES))
 def test_two_processes_go_on_from_the_checkpoint_of_one(folder: Path, name: str) -> None:
     assert difference(tensors(folder / f"{name}-from-{ALONE}"), tensors(folder / ALONE)) < CLOSE
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", marked(STRATEGIES))
 def test_a_strategy_goes_on_from_the_checkpoint_of_another(folder: Path, name: str) -> None:
     resumed = tensors(folder / f"{name}-from-{BEFORE[name]}")
     assert difference(resumed, tensors(folder / ALONE)) < CLOSE
@@ -108,7 +116,7 @@ def test_a_strategy_goes_on_from_the_checkpoint_of_another(folder: Path, name: s
         assert difference(resumed, tensors(folder / name)) == 0
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", marked(SHORT))
 def test_savings_train_nearly_the_same_teacher(folder: Path, name: str) -> None:
     found, wanted = (tensors(folder / "teacher" / n, SHORT_STEPS) for n in (name, ALONE))
     assert {x.dtype for key, x in found.items() if key.startswith("unet")} == {torch.float32}

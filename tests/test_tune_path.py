@@ -155,6 +155,7 @@ def test_a_trial_that_is_stopped_leaves_nothing_reserved(ray_cluster, tiny_teach
     assert latest_checkpoint(run) is not None
 
 
+@pytest.mark.slow  # the search's arithmetic of a population is in test_tune_search
 def test_what_a_population_learned_is_replayed_as_one_run(ray_cluster, tiny_teacher, tmp_path):
     config = TuneConfig.model_validate(
         sweep_of(

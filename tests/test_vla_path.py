@@ -24,7 +24,7 @@ RULES: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory, ray_cluster: object) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("vla")
-    workers = {"count": 2, "cpus_per_worker": 0.5, "environments": 5}
+    workers = {"count": 1, "cpus_per_worker": 0.5, "environments": 5}
     demonstrations = collect_config(folder / "demos", episodes=10, scenes=10, workers=workers)
     collected = collect.main(demonstrations)
     trained = train_policy.main(
