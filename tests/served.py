@@ -18,7 +18,7 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-START_S = 240
+START_S = 480
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Service:
     def end(self) -> dict[str, Any]:
         """Stop it as Ctrl-C does and return its last line."""
         self.process.send_signal(signal.SIGINT)
-        output, _ = self.process.communicate(timeout=60)
+        output, _ = self.process.communicate(timeout=240)
         assert self.process.returncode == 0, self.log.read_text()[-2000:]
         told: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
         return told

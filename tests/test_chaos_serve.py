@@ -102,7 +102,7 @@ def test_only_replicas_of_the_deployment_are_found():
     both = Replicas()
     other = subprocess.Popen(["bash", "-c", "exec -a ray::ServeReplica:counterpoint:Gateway sleep 60"])
     try:
-        until = time.monotonic() + 10
+        until = time.monotonic() + 120
         me = psutil.Process().pid
         while len(found := chaos_serve.replicas(me)) < 2 and time.monotonic() < until:
             time.sleep(0.01)

@@ -409,7 +409,7 @@ def test_the_slurm_script_ends_with_the_code_of_its_command(tmp_path, command, b
     told = f'echo "$RAY_ADDRESS $RAY_AUTH_MODE $(stat -c %a {token}) $(wc -c <{token})"'
     ran = subprocess.run(
         ["bash", str(FILES / "slurm.sbatch"), "bash", "-c", f"{told}; {command}"],
-        env=environment, capture_output=True, text=True, timeout=30,
+        env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert ran.returncode == code, ran.stderr
     if not broken:

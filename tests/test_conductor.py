@@ -25,7 +25,7 @@ class Busy(Conductor):
 @pytest.fixture
 def conductor(ray_cluster):
     actor = ray.remote(Busy).options(num_cpus=0, max_restarts=-1).remote()
-    ready({"conductor": actor}, timeout=60.0, what="start of the conductor")
+    ready({"conductor": actor}, timeout=240.0, what="start of the conductor")
     yield actor
     ray.kill(actor)
 
@@ -52,7 +52,7 @@ def test_figures_and_wish_cross_processes(ray_cluster):
     conductor = start_conductor()
     baton = Baton(conductor)
     assert baton({"step": 1}) is False
-    until(lambda: get(conductor.poll.remote(True), timeout=30.0, what="poll") == {"step": 1})
+    until(lambda: get(conductor.poll.remote(True), timeout=240.0, what="poll") == {"step": 1})
     until(lambda: baton({"step": 2}))
     ray.kill(conductor)
 
@@ -70,7 +70,7 @@ def test_baton_does_not_wait_for_a_conductor_that_is_busy(conductor):
 def test_baton_outlives_its_conductor(conductor):
     baton = Baton(conductor)
     baton({"step": 0})
-    os.kill(get(conductor.pid.remote(), timeout=30.0, what="pid"), signal.SIGKILL)
+    os.kill(get(conductor.pid.remote(), timeout=240.0, what="pid"), signal.SIGKILL)
     for step in range(1, 20):
         assert baton({"step": step}) is False
         time.sleep(0.02)

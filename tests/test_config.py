@@ -445,7 +445,7 @@ run_job(lambda config: {"steps": config.steps}, Job)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=240
         )
 
     good = run("steps=2")

@@ -43,7 +43,7 @@ def driver(cwd: Path, **env: str) -> list:
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{DRIVER}")
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ran = subprocess.run(
-        [sys.executable, str(script)], cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=120
+        [sys.executable, str(script)], cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout.splitlines()[-1])

@@ -24,7 +24,7 @@ class Table:
     parts: dict[tuple[tuple[int, int], int], Contribution] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.barrier = threading.Barrier(self.count, timeout=60)
+        self.barrier = threading.Barrier(self.count, timeout=240)
 
 
 @dataclass

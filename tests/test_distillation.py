@@ -198,7 +198,7 @@ class Shared:
     def __init__(self, panel: LocalPanel) -> None:
         self.panel, self.pool = panel, panel.pool
         self.said: dict[int, tuple[Samples, Tensor]] = {}
-        self.barrier = threading.Barrier(2, timeout=60)
+        self.barrier = threading.Barrier(2, timeout=240)
         self.verdict: PanelVerdict | None = None
 
     def of_rank(self, rank: int) -> Any:

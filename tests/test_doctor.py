@@ -175,7 +175,7 @@ def test_an_address_where_nothing_listens_is_one_finding(monkeypatch, capsys):
     ran = subprocess.run(
         [sys.executable, "-m", "cluster.doctor", "--json"],
         env=os.environ | {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"},
-        cwd=Path(doctor.__file__).parent.parent, capture_output=True, text=True, timeout=100,
+        cwd=Path(doctor.__file__).parent.parent, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ran.returncode == 1, ran.stderr
     told = json.loads(ran.stdout)

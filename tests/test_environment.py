@@ -340,7 +340,7 @@ def test_another_thread_is_told_to_build_its_own(env: BlocksEnv) -> None:
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
-    thread.join(timeout=60)
+    thread.join(timeout=240)
     assert "another thread or process: build an environment where it is used" in str(said[0])
     assert isinstance(said[1], Observation)
     assert same(said[1], env.start(0))

@@ -96,7 +96,7 @@ def test_a_killed_worker_costs_only_a_row(measured, workers, go):
     _, real, weights = measured
     go.unlink()
     pool = EvaluationPool(workers, real["test"])
-    pid = get(workers[0].pid.remote(), timeout=60.0, what="pid")
+    pid = get(workers[0].pid.remote(), timeout=240.0, what="pid")
     pool.offer(15, weights)
     os.kill(pid, signal.SIGKILL)
     go.touch()

@@ -85,12 +85,12 @@ def test_what_a_run_starts_carries_its_id(ray_cluster, tmp_path):
     conductor = start_conductor()
     with reserve(plan([Pool("critics", 1, 0.1)])) as places:
         seat = Seat.options(max_restarts=-1, **places.options("critics", 0)).remote()
-        ready({"seat": seat, "conductor": conductor}, timeout=60.0, what="seats")
+        ready({"seat": seat, "conductor": conductor}, timeout=240.0, what="seats")
         rows = actor_rows(actor_table(), run.id, node_names(), {"critics-0": "gpu 1"})
         assert [(row.label, row.state, row.device) for row in rows] == [
             ("conductor-0", "running", "cpu"), ("critics-0", "running", "gpu 1"),
         ]  # fmt: skip
-        assert rows[1].pid == get(seat.pid.remote(), timeout=30.0, what="pid")
+        assert rows[1].pid == get(seat.pid.remote(), timeout=240.0, what="pid")
         assert all(name.startswith(f"{run.id}/") for name in (group["name"] for group in held_groups(run.id)))
         assert len(held_groups(run.id)) == 1
         # While one is there, another of the same place must not fail for its name.

@@ -42,7 +42,7 @@ def config(tmp_path):
 
 def test_unknown_key_ends_with_one_line_and_exit_code_2(config):
     job = start("jobs.train", config, "teacher.stepz=3")
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=400)
     assert (job.returncode, out) == (2, "")
     (line,) = err.splitlines()
     assert line.startswith("error: ")
@@ -53,13 +53,13 @@ def test_unknown_key_ends_with_one_line_and_exit_code_2(config):
 def test_interrupted_job_saves_and_goes_on(config, tmp_path):
     store = RunStore(str(tmp_path / "run"))
     job = start("jobs.train", config)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while latest_checkpoint(store) is None or latest_checkpoint(store).step < 5:
         assert job.poll() is None, job.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     job.send_signal(signal.SIGINT)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=400)
     assert job.returncode == 0, err
     told = json.loads(out)
     at = told["stopped_at_step"]
@@ -69,7 +69,7 @@ def test_interrupted_job_saves_and_goes_on(config, tmp_path):
     assert "asked to stop: saving a checkpoint first" in err
 
     job = start("jobs.train", config, "--resume")
-    out, err = job.communicate(timeout=200)
+    out, err = job.communicate(timeout=400)
     assert job.returncode == 0, err
     (line,) = out.splitlines()
     told = json.loads(line)

@@ -68,7 +68,7 @@ def executed(path: Path, variable: str, run: str) -> Iterator[Session]:
         if cell.cell_type == "code":
             cell.outputs = []
     place = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources=place)
+    client = NotebookClient(notebook, timeout=500, kernel_name="python3", resources=place)
     with client.setup_kernel(env=os.environ | {variable: run}):
         for index, cell in enumerate(notebook.cells):
             client.execute_cell(cell, index)

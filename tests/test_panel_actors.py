@@ -28,7 +28,7 @@ def run(recipe, panel, **options):
 
 
 def slay(host):
-    os.kill(ray.get(host.actor.pid.remote(), timeout=60), signal.SIGKILL)
+    os.kill(ray.get(host.actor.pid.remote(), timeout=240), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

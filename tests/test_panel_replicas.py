@@ -45,11 +45,11 @@ def step(panels, number):
 
 def digests(hosts):
     """Each host's own digests."""
-    return [ray.get(host.actor.digests.remote(), timeout=60) for host in hosts]
+    return [ray.get(host.actor.digests.remote(), timeout=240) for host in hosts]
 
 
 def slay(host):
-    os.kill(ray.get(host.actor.pid.remote(), timeout=60), signal.SIGKILL)
+    os.kill(ray.get(host.actor.pid.remote(), timeout=240), signal.SIGKILL)
 
 
 def anew(recipe, hosts, ranks):
@@ -141,7 +141,7 @@ def test_replicas_of_different_heads_are_found_out(hosts, alone):
     other = {name: dict(group) for name, group in panels[0].state().items()}
     other["critics-0"]["bank0.rows"] = other["critics-0"]["bank0.rows"] + 1.0
     packed = {name: pack_state(group) for name, group in other.items()}
-    ray.get(hosts[1].actor.load.remote(packed, STEPS), timeout=60)
+    ray.get(hosts[1].actor.load.remote(packed, STEPS), timeout=240)
     with pytest.raises(RuntimeError, match="critics-0-1 holds other heads of critics-0"):
         panels[0].digests()
 

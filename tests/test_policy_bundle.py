@@ -52,7 +52,7 @@ def test_trainer_rollout_actor_and_endpoint_choose_the_same_action(saved: Path, 
     trained = decide(toy_bundle(), shown, streams, SELECTION, 5)[0]
     rollout = LocalSampler(str(saved), 5).act(shown, streams, SELECTION)[0]
     actor = sampler_actor(1).remote(str(saved), settings)
-    remote = get(actor.act.remote(shown, streams, SELECTION), timeout=60, what="a decision")[0]
+    remote = get(actor.act.remote(shown, streams, SELECTION), timeout=240, what="a decision")[0]
     try:
         endpoint = serve.run(
             serve.deployment(ActionSampler, ray_actor_options={"num_cpus": 0.1}).bind(str(saved), settings),

@@ -188,7 +188,7 @@ def test_a_sampler_killed_in_mid_run_changes_nothing(there, policy):
         expected = stage.crew.run(RolloutJob(sampler, **job), seeds).results
     with there.policy(policy, seed=4) as sampler:
         (actor,) = sampler.actors
-        pid = get(actor.pid.remote(), timeout=30.0, what="pid")
+        pid = get(actor.pid.remote(), timeout=240.0, what="pid")
         finished = []
 
         def kill_once(episode):
@@ -199,7 +199,7 @@ def test_a_sampler_killed_in_mid_run_changes_nothing(there, policy):
         haul = there.crew.run(RolloutJob(sampler, **job), seeds, kill_once)
         assert haul.set_aside == {}
         assert haul.restarts == 0
-        assert get(actor.pid.remote(), timeout=30.0, what="pid") != pid
+        assert get(actor.pid.remote(), timeout=240.0, what="pid") != pid
         assert 0 < sampler.statistics().observations < sum(e.decisions for e in expected)
     assert same(haul.results, expected)
     for one, other in zip(haul.results, expected, strict=True):

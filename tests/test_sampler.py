@@ -178,7 +178,7 @@ def test_a_run_without_a_policy_is_refused(tmp_path):
 def actor(ray_cluster, run):
     settings = SamplerSettings(seed=SEED, max_batch=8, max_wait=LONG, patience=LONG)
     hosted = sampler_actor(callers=4).options(num_cpus=0.1).remote(run, settings)
-    ready({"sampler-0": hosted}, timeout=120.0, what="sampler")
+    ready({"sampler-0": hosted}, timeout=400.0, what="sampler")
     yield hosted
     ray.kill(hosted)
 
@@ -218,7 +218,7 @@ def test_callers_wait_for_a_killed_sampler_and_get_the_same(actor, run):
 
 def test_a_sampler_that_does_not_come_back_is_given_up(ray_cluster):
     gone = ray.remote(ToySampler).options(num_cpus=0.1).remote()
-    ready({"sampler-0": gone}, timeout=120.0, what="sampler")
+    ready({"sampler-0": gone}, timeout=400.0, what="sampler")
     ray.kill(gone)
     with pytest.raises(ray.exceptions.RayActorError):
         RemoteSamplers((gone,), SPACE, patience=1.0).act(observations(1), streams(1), LIKELIHOOD)
@@ -227,5 +227,5 @@ def test_a_sampler_that_does_not_come_back_is_given_up(ray_cluster):
 def test_an_actor_without_a_policy_says_so_at_its_start(ray_cluster, tmp_path):
     nobody = sampler_actor(callers=1).options(num_cpus=0.1).remote(str(tmp_path), SamplerSettings())
     with pytest.raises(NotReady, match=r"sampler-0 failed to start: ValueError: .* has no policy") as caught:
-        ready({"sampler-0": nobody}, timeout=120.0, what="sampler")
+        ready({"sampler-0": nobody}, timeout=400.0, what="sampler")
     assert isinstance(caught.value.cause, ValueError)

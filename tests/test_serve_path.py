@@ -73,7 +73,7 @@ def service(
 
 @pytest.fixture(scope="module")
 def client(service: Service) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=service.url, timeout=60.0) as opened:
+    with httpx2.Client(base_url=service.url, timeout=240.0) as opened:
         yield opened
 
 
@@ -254,7 +254,7 @@ class Load:
     def end(self) -> list[dict[str, Any]]:
         self._over.set()
         for run in self._runs:
-            run.result(timeout=60)
+            run.result(timeout=240)
         self._pool.shutdown()
         return self.answers
 
@@ -287,10 +287,10 @@ def test_the_file_for_serve_deploy_is_taken_as_it_is(service: Service, client: h
     environment = os.environ | {"RAY_AUTH_MODE": "token"}
     done = subprocess.run(
         [Path(sys.executable).parent / "serve", "deploy", str(out), "-a", service.dashboard],
-        capture_output=True, text=True, env=environment, timeout=120,
+        capture_output=True, text=True, env=environment, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    Serving(service.dashboard).wait("counterpoint", 60.0)
+    Serving(service.dashboard).wait("counterpoint", 240.0)
     asked(client)
     assert {name: set(service.replicas(name)) for name in replicas} == replicas
 

@@ -353,7 +353,7 @@ def test_a_process_killed_while_saving_always_leaves_a_whole_checkpoint(tmp_path
         before = saved.value
         child = processes.Process(target=_save_until_killed, args=(str(tmp_path), 2 * before + 1, saved))
         child.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while saved.value == before and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(random.Random(round_).uniform(0, 0.03))

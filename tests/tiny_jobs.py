@@ -72,8 +72,8 @@ def start_hosts(
             made = critic_actor(len(groups), ranks // replicas, replicas, transport=transport)
             actor = made.options(num_cpus=0.1).remote(recipe, settings)
             hosts.append(HostHandle(settings.name, groups, actor, replica, replicas, wire_dtype, transport))
-    ready({host.name: host.actor for host in hosts}, timeout=90.0, what="hosts")
-    introduce(hosts, hosts, timeout=30.0)
+    ready({host.name: host.actor for host in hosts}, timeout=400.0, what="hosts")
+    introduce(hosts, hosts, timeout=240.0)
     return hosts
 
 
