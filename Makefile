@@ -23,7 +23,8 @@ demo: $(INSTALLED)
 test: lint
 	@$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
-# The ones that take minutes too: network namespaces, kills in long runs.
+# The slow ones too: network namespaces, kills in long runs, a whole benchmark, and more of what the others test a
+# part of, such as further strategies, a population, replicas in a whole run.
 test-all: lint
 	@$(RUN) -m pytest $(PARALLEL)
 

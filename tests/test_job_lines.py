@@ -34,7 +34,7 @@ def start(module, *arguments):
 @pytest.fixture
 def config(tmp_path):
     """A YAML file of the tiny teacher, long enough to be interrupted."""
-    tiny = train_config(tmp_path / "run", steps=[1], teacher={"steps": 150, "batch_size": 16})
+    tiny = train_config(tmp_path / "run", steps=[1], teacher={"steps": 80, "batch_size": 16})
     path = tmp_path / "teacher.yaml"
     path.write_text(dump_config(tiny))
     return path
@@ -64,7 +64,7 @@ def test_interrupted_job_saves_and_goes_on(config, tmp_path):
     told = json.loads(out)
     at = told["stopped_at_step"]
     assert told == {"run": store.uri, "stopped_at_step": at, "go_on_with": "resume=true"}
-    assert 5 <= at < 150
+    assert 5 <= at < 80
     assert latest_checkpoint(store).step == at
     assert "asked to stop: saving a checkpoint first" in err
 
@@ -73,11 +73,11 @@ def test_interrupted_job_saves_and_goes_on(config, tmp_path):
     assert job.returncode == 0, err
     (line,) = out.splitlines()
     told = json.loads(line)
-    assert set(told) == {"floor_fd", "teacher_1_fd", "report", "run", "seconds"}
+    assert set(told) >= {"floor_fd", "teacher_1_fd", "report", "run", "seconds"}
     assert told["teacher_1_fd"] > 0
     assert f"resumed from step {at} (" in err
 
-    whole = train_config(tmp_path / "whole", steps=[1], teacher={"steps": 150, "batch_size": 16})
+    whole = train_config(tmp_path / "whole", steps=[1], teacher={"steps": 80, "batch_size": 16})
     train.main(whole)
     expected = latest_checkpoint(RunStore(whole.run)).tensors("weights")
     found = latest_checkpoint(store).tensors("weights")

@@ -116,6 +116,7 @@ def test_two_ranks_are_judged_as_one_batch_in_any_order(hosts, recipe):
     assert [panel.recoveries for panel in ranks] == [0, 0]
 
 
+@pytest.mark.slow  # the last test here asks ahead through a host's death, with two ranks
 def test_asking_ahead_gives_the_same_student_whatever_dies(hosts, recipe):
     alone = run(recipe, local_panel(recipe), staleness=1)
     (panel,) = anew(recipe, hosts)

@@ -147,6 +147,7 @@ def test_a_panel_that_does_not_judge_as_simulated_is_refused():
         MeasureConfig(critics=CriticsConfig())
 
 
+@pytest.mark.slow  # nine processes, for figures whose arithmetic the tests above check
 def test_the_whole_benchmark_measures_predicts_and_simulates(ray_cluster, tmp_path):
     critics = {"levels_per_step": 4, "heads_per_slot": 1, "width": 4, "groups": 2, "reduction": "mean"}
     config = ScaleBenchConfig(

@@ -116,7 +116,7 @@ PARTS = st.sampled_from(
 )
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.one_of(st.lists(PARTS, max_size=8).map("".join), st.text(max_size=300)))
 @example(name="run/link")
 @example(name="link/root")

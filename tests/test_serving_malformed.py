@@ -109,7 +109,7 @@ def test_no_malformed_request_ends_in_a_fault():
     seen = Counter()
 
     @seed(20260731)
-    @settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(requests, st.integers(1, 8), st.booleans())
     def ask(request, pieces, typed):
         method, (path, body), more = request

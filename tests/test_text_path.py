@@ -186,7 +186,7 @@ def test_a_student_distilled_through_ray_is_one_that_diffusers_runs(
         "steps": [1, 2],
     }
     config = distill_config(run, encoded, **options)
-    critics = config.critics.model_copy(update={"actors": 2})
+    critics = config.critics.model_copy(update={"actors": 1})
     headline = distill_text.main(config.model_copy(update={"critics": critics}))
     assert headline["student_1_error"] != headline["student_1_error_before"]
     # Prompts reach teacher and student: another one gives another picture.
