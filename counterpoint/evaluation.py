@@ -1,6 +1,7 @@
 """Held-out evaluation of a generator: each image has its own seed, so any shard can be made anywhere."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -73,28 +74,22 @@ def score_shard(
 
 
 @torch.no_grad()
-def solver_errors(
-    pipeline: ClassConditionalPipeline,
-    reference: SchedulerMixin,
-    reference_steps: int,
-    steps: Sequence[int],
-    samples: int,
-    config: EvaluationConfig,
-) -> dict[int, float]:
-    """Return the root mean square distance of `samples` images in `steps` to those of a fine solution.
+def solutions(
+    network: Any, scheduler: SchedulerMixin, steps: int, samples: int, config: EvaluationConfig
+) -> Tensor:
+    """Return the first `samples` images of `generate` as the sampler leaves them, float32 [samples,C,H,W].
 
-    Both start from the same noise, that of `generate`, under the same guidance, and neither is clamped. The
-    fine solution is that of `reference` in `reference_steps`.
+    They have the same noise and guidance, and are not clamped: what two samplers give may be compared.
     """
-    null, side = null_class(pipeline.unet), pipeline.unet.config.sample_size
-    shape = (pipeline.unet.config.in_channels, side, side)
+    null, side, device = null_class(network), network.config.sample_size, network.device
+    shape = (network.config.in_channels, side, side)
     streams = (generator(config.seed, "evaluate", i) for i in range(samples))
-    noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(pipeline.device)
-    labels = torch.tensor([null if config.unconditional else i % null for i in range(samples)])
+    noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(device)
+    labels = torch.tensor([null if config.unconditional else i % null for i in range(samples)], device=device)
+    guider = build_guider(config.guider)
+    return sample(network, scheduler, noise, labels, steps, guider=guider)[0].float().cpu()
 
-    def solved(scheduler: SchedulerMixin, count: int) -> Tensor:
-        guider = build_guider(config.guider)
-        return sample(pipeline.unet, scheduler, noise, labels.to(noise.device), count, guider=guider)[0]
 
-    fine = solved(reference, reference_steps)
-    return {n: float((solved(pipeline.scheduler, n) - fine).square().mean().sqrt()) for n in steps}
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Return the root mean square difference of images [B,C,H,W], over all their values."""
+    return float((found - exact).square().mean().sqrt())

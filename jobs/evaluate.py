@@ -1,9 +1,13 @@
 """Score a finished run on held-out images: `python -m jobs.evaluate run=runs/demo/student steps=[1,2,4]`."""
 
 import contextlib
+import hashlib
+import json
 import sys
 from typing import Any
 
+import safetensors.torch
+import torch
 import yaml
 from pydantic import Field
 
@@ -14,7 +18,7 @@ from cluster.connect import connected
 from cluster.storage import RunStore
 from counterpoint.data import load_data
 from counterpoint.diffusion import build_noise_scheduler
-from counterpoint.evaluation import solver_errors
+from counterpoint.evaluation import distance, solutions
 from counterpoint.pipeline import ClassConditionalPipeline
 from counterpoint.sampling import SamplerConfig, build_sampler, default_sampler
 from counterpoint.section import Section
@@ -76,15 +80,32 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
 def errors(
     config: EvaluateConfig, pipeline: ClassConditionalPipeline, teacher: TrainConfig
 ) -> dict[str, float]:
-    """Return `error_n` for each number of steps; the fine solution clips nothing."""
-    plain = default_sampler(teacher.noise)
+    """Return `error_n` for each number of steps."""
+    exact = exact_solution(config, pipeline, teacher)
+    samples = config.reference_samples
+    found = {
+        n: solutions(pipeline.unet, pipeline.scheduler, n, samples, config.evaluation) for n in config.steps
+    }
+    return {f"error_{n}": distance(images, exact) for n, images in found.items()}
+
+
+def exact_solution(
+    config: EvaluateConfig, pipeline: ClassConditionalPipeline, teacher: TrainConfig
+) -> torch.Tensor:
+    """Return the images of the fine solution, which are kept with the run for whoever compares with them."""
+    sampler = default_sampler(teacher.noise)
     if teacher.noise.process == "diffusion":
-        plain = SamplerConfig(options={"timestep_spacing": "trailing", "clip_sample": False})
-    reference = build_sampler(plain, build_noise_scheduler(teacher.noise))
-    found = solver_errors(
-        pipeline, reference, config.reference_steps, config.steps, config.reference_samples, config.evaluation
-    )
-    return {f"error_{n}": value for n, value in found.items()}
+        sampler = SamplerConfig(options={"timestep_spacing": "trailing", "clip_sample": False})
+    count, samples = config.reference_steps, config.reference_samples
+    shared = config.evaluation.model_dump(include={"seed", "guider", "unconditional"})
+    made = json.dumps([sampler.model_dump(), count, samples, shared], sort_keys=True)
+    store, name = RunStore(config.run), hashlib.sha256(made.encode()).hexdigest()[:12]
+    path = f"solutions/{name}.safetensors"
+    if not store.exists(path):
+        reference = build_sampler(sampler, build_noise_scheduler(teacher.noise))
+        images = solutions(pipeline.unet, reference, count, samples, config.evaluation)
+        store.write_bytes(path, safetensors.torch.save({"images": images.contiguous()}, {"made": made}))
+    return safetensors.torch.load(store.read_bytes(path))["images"]
 
 
 def teacher_of(uri: str) -> str:
