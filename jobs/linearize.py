@@ -62,8 +62,8 @@ class LinearizeConfig(Section):
 def main(config: LinearizeConfig) -> dict[str, Any]:
     """Convert, train, save the pipeline, score, and return the headline figures, such as `fd_25`."""
     source = RunStore(config.teacher)
-    read_results(source)
     teacher: TrainConfig = read_config(source, TrainConfig)
+    read_results(source)  # raises unless it has finished
     recipe = LinearStudentRecipe(
         config.teacher, teacher.data, teacher.noise, config.student, config.seed, config.trainer.accumulate
     )
