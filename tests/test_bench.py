@@ -49,6 +49,7 @@ def test_heads_benchmark_tells_a_ratio_for_each_number_of_heads():
         bench_heads.main(HeadsBenchConfig(heads=(6,)))
 
 
+@pytest.mark.slow  # a whole benchmark; test_panel_actors has the same panel
 def test_panel_benchmark_trains_the_same_student_on_both_sides(ray_cluster):
     config = PanelBenchConfig.model_validate(
         {

@@ -8,6 +8,7 @@ from jobs import bench_transport
 from jobs.bench_transport import TransportBenchConfig
 
 
+@pytest.mark.slow  # a whole benchmark
 def test_every_way_is_measured_against_numpy(ray_cluster, tmp_path):
     config = TransportBenchConfig(
         shapes=((4, 1, 8, 8),), megabytes=0, repeats=1, rounds=2, out=str(tmp_path / "told.json")

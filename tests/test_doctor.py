@@ -128,6 +128,7 @@ def test_preflight_lets_sound_nodes_pass(fake_cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_pair_that_cannot_meet_is_told_and_the_next_pairs_are_measured(fake_cluster, monkeypatch):
     """A peer dies between binding its port and the meeting, as a node that is lost then."""
     nodes = ClusterView.from_ray().nodes

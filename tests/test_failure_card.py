@@ -169,6 +169,7 @@ def test_a_failed_job_ends_with_its_traceback_once_and_a_card(tmp_path, capsys):
     assert identity.known_facts(store)["outcome"] == "failed"
 
 
+@pytest.mark.slow  # two ranks in a driver of their own; test_training_ray raises what a rank raises
 def test_a_rank_that_fails_on_a_cluster_is_told_whole_and_once(tmp_path):
     command = [
         sys.executable, str(Path(__file__).parent / "failing_run.py"), "rank", f"run={tmp_path}/run",

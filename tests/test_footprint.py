@@ -180,6 +180,7 @@ def test_blocks_cover_all_parameters_once() -> None:
     assert gathered(network) == (40, 4)
 
 
+@pytest.mark.slow  # two processes that fill memory; the tests above count every tensor of a real step
 def test_measured_memory_is_what_was_estimated() -> None:
     case = {"samples": 12, "side": 32}
     cases = {"trainer": MemoryCase(**case), "critics": MemoryCase(role="critics", **case)}

@@ -33,7 +33,7 @@ def interrupt_at(monkeypatch, step):
     monkeypatch.setattr(launch.Shown, "watch", watched)
 
 
-@pytest.mark.slow  # test_panel_actors asks ahead, test_panel_replicas loses a replica, test_nodes a whole cast
+@pytest.mark.slow  # test_panel_actors asks ahead, test_panel_replicas loses a replica
 def test_what_one_process_began_a_step_ahead_two_workers_end_with_replicas(
     ray_cluster, tiny_teacher, tmp_path, monkeypatch
 ):

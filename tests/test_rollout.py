@@ -260,6 +260,7 @@ def test_workers_and_samplers_play_the_same_episodes(
     assert cells(config) == cells(here)
 
 
+@pytest.mark.slow  # a whole benchmark
 def test_the_bench_plays_the_same_work_with_each_number_of_workers(ray_cluster: Any) -> None:
     config = RolloutBenchConfig(
         workers=(0, 1),

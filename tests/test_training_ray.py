@@ -7,7 +7,7 @@ import pytest
 import ray
 import torch
 from tiny_jobs import CRITICS, distill_config, train_config
-from training_parts import MortalStudent, SlowTeacher, WrongTeacher
+from training_parts import MortalStudent, MortalTeacher, SlowTeacher, WrongTeacher
 
 from actors.training import StopSignal, TrainerConfig, train_here, train_on_ray
 from actors.worker import LoopSpec
@@ -87,7 +87,7 @@ def shared(run, teacher):
     )  # fmt: skip
 
 
-@pytest.mark.slow  # test_nodes loses a trainer, and critics with it, in every run of the tests
+@pytest.mark.slow  # the last test here loses a trainer, test_panel_actors critics
 def test_a_killed_trainer_goes_on_with_the_panel_of_its_checkpoint(
     ray_cluster, tiny_teacher, tiny_run, tmp_path, monkeypatch
 ):
@@ -152,9 +152,9 @@ def test_workers_use_the_threads_that_they_were_given(ray_cluster):
     assert torch.get_num_threads() == 1
 
 
-def test_what_two_workers_of_zero_3_began_one_of_ddp_ends(ray_cluster, tmp_path):
+def test_what_two_workers_of_zero_3_began_one_of_ddp_ends_though_it_is_killed(ray_cluster, tmp_path):
     run, alone = str(tmp_path / "run"), str(tmp_path / "alone")
-    spec = LoopSpec(run, recipe(SlowTeacher, run), checkpoint_every=5)
+    spec = LoopSpec(run, recipe(MortalTeacher, run), checkpoint_every=5)
     wish = StopSignal()
 
     def watch(figures):
@@ -170,7 +170,8 @@ def test_what_two_workers_of_zero_3_began_one_of_ddp_ends(ray_cluster, tmp_path)
     }  # fmt: skip
     one = TrainerConfig(workers=1, threads=1, checkpoint_every=5)
     ended = train_on_ray(spec, one, lambda figures: None, StopSignal())
-    assert (ended.finished, ended.started_at, ended.steps) == (True, stopped.steps, STEPS)
+    assert (tmp_path / "run/killed").read_text() == str(stopped.steps)
+    assert (ended.finished, ended.started_at, ended.steps) == (True, 20, STEPS)
     train_here(
         LoopSpec(alone, recipe(SlowTeacher, alone), checkpoint_every=5),
         TrainerConfig(workers=0, threads=1), lambda figures: None, StopSignal(),

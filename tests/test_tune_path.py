@@ -130,6 +130,7 @@ def test_a_sweep_outlives_its_driver_a_host_and_a_failed_trial_and_is_extended(
         tune.main(config.model_copy(update={"resume": True, "seed": 5}))
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_stopped_leaves_nothing_reserved(ray_cluster, tiny_teacher, tmp_path):
     """One of Ray Train's workers and critics in an actor, stopped after its first report as ASHA would."""
     base = base_of(tiny_teacher, 2000)

@@ -38,6 +38,23 @@ class SlowTeacher(TeacherRecipe):
 
 
 @dataclass(frozen=True)
+class MortalTeacher(SlowTeacher):
+    """Is killed before step 20, once, where it trains without others; leaves the step that it began with."""
+
+    def __call__(self, place: Place, store: RunStore, report: Report) -> Any:
+        taken: list[int] = []
+
+        def act(now: int) -> None:
+            taken.append(now)
+            mark = Path(store.path("killed"))
+            if place.ranks == 1 and now == 20 and not mark.exists():
+                mark.write_text(str(taken[0]))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return before_each_step(super().__call__(place, store, report), act)
+
+
+@dataclass(frozen=True)
 class WrongTeacher(TeacherRecipe):
     """Has a mistake in step 3, and leaves a file for each of its lives."""
 
