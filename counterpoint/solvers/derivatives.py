@@ -1,4 +1,4 @@
-"""Derivatives at a point from values at it and at others near by (DPM-Solver-v3, app. C.2 and theorem 3.4)."""
+"""Derivatives at a point from values at it and at others near (DPM-Solver-v3, app. C.2 and theorem 3.4)."""
 
 import itertools
 import math
