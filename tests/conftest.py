@@ -27,6 +27,9 @@ os.environ.update(
     RAY_ENABLE_AUTO_CONNECT="0",  # merely asking Ray something must not start a cluster
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # a process for every training, for what no test does
+    RAY_prestart_worker_first_driver="0",  # a process for every CPU, each some seconds of work
+    RAY_raylet_start_wait_time_s="240",  # machines that run tests may be slow
+    RAY_worker_register_timeout_seconds="300",
     RAY_USAGE_STATS_ENABLED="0",
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
@@ -34,11 +37,11 @@ os.environ.update(
 
 NAMESPACE = "test"
 LONGEST = (
-    "test_training_ray", "test_strategies", "test_tune_path", "test_submit", "test_nodes", "test_verbs",
-    "test_text_path",
-    "test_panel_actors", "test_panel_run", "test_scale", "test_serve_path", "test_panel_replicas",
-    "test_mistakes", "test_doctor", "test_footprint", "test_plan", "test_jobs", "test_vla_path",
-    "test_failure_card", "test_timeline", "test_rollout", "test_notebook", "test_hosted_group",
+    "test_serve_path", "test_submit", "test_tune_path", "test_strategies", "test_text_path",
+    "test_training_ray", "test_jobs", "test_panel_actors", "test_panel_replicas", "test_verbs", "test_doctor",
+    "test_vla_path", "test_notebook", "test_placement", "test_job_lines", "test_rollout", "test_rollouts",
+    "test_sampler", "test_plan", "test_footprint", "test_mistakes", "test_timeline", "test_telemetry",
+    "test_evaluation_workers", "test_collect", "test_hosted_group",
 )  # fmt: skip
 """Modules that take more than some ten seconds, longest first."""
 FAKE_NODES = ({"num_cpus": 2, "num_gpus": 2}, {"num_cpus": 2, "num_gpus": 1})

@@ -40,6 +40,7 @@ def config(tmp_path):
     return path
 
 
+@pytest.mark.slow  # test_mistakes has such lines without a process of their own
 def test_unknown_key_ends_with_one_line_and_exit_code_2(config):
     job = start("jobs.train", config, "teacher.stepz=3")
     out, err = job.communicate(timeout=400)

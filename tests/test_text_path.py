@@ -232,7 +232,7 @@ def distilled(encoded: str, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return make
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("whole", marks=pytest.mark.slow), "adapters"])
 def test_a_resumed_run_is_the_unbroken_one(
     encoded: str, distilled: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
