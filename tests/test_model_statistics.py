@@ -150,7 +150,7 @@ def test_guided_statistics_are_those_of_the_guided_field() -> None:
             for of, scale in ((labels, 1.0), (torch.tensor([10, 10]), 1.0), (labels, 2.5))
         )
     torch.testing.assert_close(guided, none + 2.5 * (plain - none), atol=1e-5, rtol=1e-5)
-    settings = config(guidance_scale=2.5, samples=2, intervals=4, own_sample_steps=2)
+    settings = config(guidance_scale=2.5, samples=2, intervals=16, own_sample_steps=2)
     data = torch.zeros(3, 1, 8, 8)
     sums = estimate(network, noise, data, torch.tensor([1, 2, 3]), settings, seed=0)
     assert sums.count == 2

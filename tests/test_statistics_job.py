@@ -13,7 +13,7 @@ from jobs.evaluate import EvaluateConfig
 from jobs.runs import load_pipeline, read_results
 from jobs.statistics import StatisticsConfig
 
-SETTINGS = {"samples": 6, "intervals": 4, "batch_size": 4}
+SETTINGS = {"samples": 6, "intervals": 40, "batch_size": 4}
 
 
 def config(run: Path, model: str, workers: int = 0, **options: Any) -> StatisticsConfig:
