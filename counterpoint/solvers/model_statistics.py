@@ -44,8 +44,8 @@ class EstimationConfig(Section):
     samples: int = Field(default=256, ge=2)
     """Images, each noised to every level of the grid."""
     intervals: int = Field(default=64, ge=16)
-    """Intervals of the grid, even in lambda; the grid has one level more. Between levels l, s and b are taken as
-    linear, which a much wider spacing than 0.5 in lambda does not bear where alpha is small."""
+    """Intervals of the grid, even in lambda; the grid has one level more. Between levels l, s and b are
+    taken as linear, which a much wider spacing than 0.5 in lambda does not bear where alpha is small."""
     batch_size: int = Field(default=64, ge=1)
     """Images that the network sees at once."""
     guidance_scale: float = 1.0
