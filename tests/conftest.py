@@ -28,8 +28,7 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # a process for every training, for what no test does
     RAY_prestart_worker_first_driver="0",  # a process for every CPU, each some seconds of work
-    RAY_raylet_start_wait_time_s="240",  # machines that run tests may be slow
-    RAY_worker_register_timeout_seconds="300",
+    RAY_worker_register_timeout_seconds="300",  # machines that run tests may be slow
     RAY_USAGE_STATS_ENABLED="0",
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
@@ -113,10 +112,21 @@ def fake_cluster(ray_cluster: RayCluster, request: pytest.FixtureRequest) -> Ite
 
 @contextmanager
 def _running(num_cpus: int) -> Iterator[Any]:
-    """A `ray.cluster_utils.Cluster`: unlike `ray.init`'s own, it outlives this process's connection to it."""
+    """A `ray.cluster_utils.Cluster`: unlike `ray.init`'s own, it outlives this process's connection to it.
+
+    A raylet whose agents take more than some 15 s to start ends itself, so a loaded machine has three tries.
+    """
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, "include_dashboard": False})
+    for tries_left in (2, 1, 0):
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=num_cpus, include_dashboard=False)
+            break
+        except Exception:
+            cluster.shutdown()
+            if not tries_left:
+                raise
     try:
         yield cluster
     finally:
