@@ -152,7 +152,18 @@ def test_workers_use_the_threads_that_they_were_given(ray_cluster):
     assert torch.get_num_threads() == 1
 
 
-def test_what_two_workers_of_zero_3_began_one_of_ddp_ends_though_it_is_killed(ray_cluster, tmp_path):
+@pytest.mark.parametrize(
+    "sharded",
+    [
+        {"name": "fsdp"},
+        pytest.param(
+            {"name": "deepspeed", "zero_stage": 3}, marks=pytest.mark.slow
+        ),  # also in test_strategies
+    ],
+)
+def test_what_two_workers_with_shards_began_one_of_ddp_ends_though_it_is_killed(
+    ray_cluster, tmp_path, sharded
+):
     run, alone = str(tmp_path / "run"), str(tmp_path / "alone")
     spec = LoopSpec(run, recipe(MortalTeacher, run), checkpoint_every=5)
     wish = StopSignal()
@@ -160,13 +171,13 @@ def test_what_two_workers_of_zero_3_began_one_of_ddp_ends_though_it_is_killed(ra
     def watch(figures):
         wish.asked = wish.asked or figures.get("step", 0) >= 2
 
-    zero = StrategyConfig(name="deepspeed", zero_stage=3)
-    stopped = train_on_ray(spec, TWO.model_copy(update={"strategy": zero}), watch, wish)
+    strategy = StrategyConfig(**sharded)
+    stopped = train_on_ray(spec, TWO.model_copy(update={"strategy": strategy}), watch, wish)
     assert (stopped.finished, stopped.started_at) == (False, 0)
     begun = latest_checkpoint(RunStore(run))
     assert len(begun.files["optimizer"]) == 2
     assert begun.meta == {
-        "samples": 16 * stopped.steps, "workers": 2, "strategy": "deepspeed zero_stage=3 fp32",
+        "samples": 16 * stopped.steps, "workers": 2, "strategy": strategy.in_words,
     }  # fmt: skip
     one = TrainerConfig(workers=1, threads=1, checkpoint_every=5)
     ended = train_on_ray(spec, one, lambda figures: None, StopSignal())
