@@ -152,15 +152,11 @@ def test_workers_use_the_threads_that_they_were_given(ray_cluster):
     assert torch.get_num_threads() == 1
 
 
-@pytest.mark.parametrize(
-    "sharded",
-    [
-        {"name": "fsdp"},
-        pytest.param(
-            {"name": "deepspeed", "zero_stage": 3}, marks=pytest.mark.slow
-        ),  # also in test_strategies
-    ],
-)
+ZERO_3 = {"name": "deepspeed", "zero_stage": 3}
+
+
+# test_strategies trains with ZeRO-3 in the quick tests, too
+@pytest.mark.parametrize("sharded", [{"name": "fsdp"}, pytest.param(ZERO_3, marks=pytest.mark.slow)])
 def test_what_two_workers_with_shards_began_one_of_ddp_ends_though_it_is_killed(
     ray_cluster, tmp_path, sharded
 ):
