@@ -119,7 +119,7 @@ def _run(name: str, job: str, data: Mapping[str, Any], seed: int, made: Mapping[
     except ValidationError as error:
         raise ConfigError(f"{name}: {describe(error, whole, fields_of(model))}") from None
     # Defaults are left out, so that a run is still the same once its job has another field.
-    told = checked.model_dump(mode="json", exclude_defaults=True)
+    told = checked.model_dump(mode="json", exclude_defaults=True, exclude={"run"} if own_storage else None)
     text = json.dumps(told, sort_keys=True)
     uri = f"{root.rstrip('/')}/{job}-{hashlib.sha256(f'{job} {text}'.encode()).hexdigest()[:12]}"
     config = checked.model_dump(mode="json") | ({"run": uri} if own_storage else {})

@@ -52,7 +52,7 @@ def test_arms_of_a_seed_share_its_models_and_its_noise() -> None:
                plan.arms.values() if model.uri in run.needs)  # fmt: skip
 
 
-def test_runs_are_named_by_what_they_compute() -> None:
+def test_runs_are_named_by_what_they_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, same = planned(claim(), (), "memory://claims"), planned(claim(metric="kid"), (), "memory://claims")
     assert [run.uri for run in plain.runs] == [run.uri for run in same.runs]
     # A default that is written out is the same run; another number, in a model or an arm, is another one.
@@ -61,6 +61,11 @@ def test_runs_are_named_by_what_they_compute() -> None:
     longer = (VariationConfig(models={"teacher": {"teacher": {"steps": 4}}}),)
     other = planned(claim(), longer, "memory://claims")
     assert not {run.uri for run in other.runs} & {run.uri for run in plain.runs}
+    # Nor does it matter where the command is given.
+    monkeypatch.chdir(tmp_path)
+    assert [run.uri for run in planned(claim(), (), "memory://claims").runs] == [
+        run.uri for run in plain.runs
+    ]
     wider = (VariationConfig(arms={"a": {"steps": [6]}}),)
     only_a = planned(claim(), wider, "memory://claims")
     assert {arm for arm, _ in plain.arms if plain.arms[arm, 0].uri != only_a.arms[arm, 0].uri} == {"a"}
