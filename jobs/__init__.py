@@ -10,6 +10,7 @@ rollout    policies and rules of choosing actions on the same episodes (and what
 evaluate   figures of a finished run on held-out images
 statistics a model's statistics for DPM-Solver-v3
 sample     pictures from a finished run
+reproduce  papers' claims, arms by seeds over the cluster, and the table of all (claim_*: its parts)
 ratio      how large guidance is beside a flow's velocity, step by step
 report     the report of a run, drawn again
 dashboard  the Grafana dashboard of the metrics
