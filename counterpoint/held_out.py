@@ -8,6 +8,7 @@ from diffusers import SchedulerMixin
 from pydantic import Field
 from torch import Tensor
 
+from counterpoint.guidance import BaseGuidance
 from counterpoint.sampling import sample
 from counterpoint.section import Section
 from counterpoint.seeds import generator
@@ -49,7 +50,7 @@ def answer(
     scheduler: SchedulerMixin,
     question: Question,
     steps: int,
-    guidance: float,
+    guider: BaseGuidance,
     config: HeldOutConfig,
 ) -> Tensor:
     """Return the latents [n,C,h,w], on the CPU, that a network makes in `steps` steps of `scheduler`."""
@@ -58,7 +59,7 @@ def answer(
         part = slice(start, start + config.batch_size)
         streams = [generator(config.seed, "held-out steps", i) for i in range(len(question.rows))[part]]
         x, rows = question.noise[part].to(unet.device), question.rows[part].to(unet.device)
-        made.append(sample(unet, scheduler, x, rows, steps, guidance, streams)[0].cpu())
+        made.append(sample(unet, scheduler, x, rows, steps, generator=streams, guider=guider)[0].cpu())
     return torch.cat(made)
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import SchedulerMixin, UNet2DModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from counterpoint.guidance import BaseGuidance, GuiderConfig, build_guider, classifier_free
 from counterpoint.sampling import SamplerConfig, sample
 from counterpoint.section import Section
 from counterpoint.seeds import generator
@@ -26,8 +27,23 @@ class PairsConfig(Section):
     """The teacher's sampler."""
     guidance_scale: float = 1.0
     """Classifier-free guidance of the teacher, 1 for none."""
+    guider: GuiderConfig | None = None
+    """Another guidance of the teacher, in place of `guidance_scale`'s."""
     chunk: int = Field(default=512, ge=1)
     """Pairs made at once; each chunk has its own seed, so any worker can make any chunk."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PairsConfig":
+        if self.guider is not None and self.guidance_scale != 1.0:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} beside guider={self.guider.guider}: give the scale in "
+                "guider.options, and leave guidance_scale unset"
+            )
+        return self
+
+    def guidance(self) -> BaseGuidance:
+        """Return a new guider for one batch of samples; raises ValueError if `guider` names none."""
+        return build_guider(self.guider) if self.guider else classifier_free(self.guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -83,9 +99,9 @@ def make_pairs(
         noise.to(device),
         labels.to(device),
         config.steps,
-        config.guidance_scale,
-        stream,
-        times,
+        generator=stream,
+        keep=times,
+        guider=config.guidance(),
     )
     missing = sorted(set(times) - set(states))
     if missing:

@@ -27,6 +27,7 @@ from counterpoint.critics.pool import Pool
 from counterpoint.data import DataConfig
 from counterpoint.diffusion import LatentNoiseConfig, build_noise_scheduler
 from counterpoint.grids import image_grid
+from counterpoint.guidance import classifier_free
 from counterpoint.held_out import Question, answer, other_prompts, pose, relative_error
 from counterpoint.lora import merged, save_lora
 from counterpoint.one_step import noise_of, one_step_scheduler
@@ -203,11 +204,11 @@ def _question(work: Work, teacher: PromptedUNet) -> Question:
 def _teacher_answers(work: Work, teacher: PromptedUNet, question: Question) -> Tensor:
     pairs = work.config.pairs
     sampler = build_sampler(pairs.sampler, build_noise_scheduler(work.noise))
-    return answer(teacher, sampler, question, pairs.steps, pairs.guidance_scale, work.config.held_out)
+    return answer(teacher, sampler, question, pairs.steps, pairs.guidance(), work.config.held_out)
 
 
 def _student(work: Work, student: PromptedUNet, question: Question, steps: int) -> Tensor:
-    return answer(student, work.chain(), question, steps, 1.0, work.config.held_out)
+    return answer(student, work.chain(), question, steps, classifier_free(1.0), work.config.held_out)
 
 
 def _trained(work: Work, start: PromptedUNet) -> PromptedUNet:

@@ -162,3 +162,19 @@ def test_a_trajectory_that_misses_the_students_times_is_refused() -> None:
         make_pairs(
             unet().eval(), build_sampler(config.sampler, NOISE), config, 0, 10, student_timesteps(4), 0
         )
+
+
+def test_pairs_are_made_under_any_guidance() -> None:
+    network, plainly = unet().eval(), SamplerConfig(options={"timestep_spacing": "trailing"})
+    sampler = build_sampler(plainly, NOISE)
+    projected = {"guider": "AdaptiveProjectedGuidance", "options": {"guidance_scale": 3.0}}
+
+    def made(**options: Any) -> Tensor:
+        config = pairs_config(**options)
+        return make_pairs(network, sampler, config, 0, 10, student_timesteps(4), seed=0).samples
+
+    plain = {"guider": "ClassifierFreeGuidance", "options": {"guidance_scale": 3.0}}
+    assert torch.equal(made(guider=plain), made(guidance_scale=3.0))
+    assert not torch.equal(made(guider=projected), made(guidance_scale=3.0))
+    with pytest.raises(ValueError, match="beside guider=AdaptiveProjectedGuidance"):
+        pairs_config(guider=projected, guidance_scale=2.0)
