@@ -98,9 +98,11 @@ def test_a_sweep_outlives_its_driver_a_host_and_a_failed_trial_and_is_extended(
     settings = sweep_of(run, base_of(tiny_teacher, steps), space=space, concurrent=1)
     config = TuneConfig.model_validate(settings)
     driver = process_of(settings, tmp_path, ray_cluster.address)
-    await_rows(f"{run}/trials/0000/seed-0", 5, driver)
-    driver.kill()
-    driver.wait()
+    try:
+        await_rows(f"{run}/trials/0000/seed-0", 5, driver)
+    finally:
+        driver.kill()
+        driver.wait()
     with ThreadPoolExecutor(1) as beside:
         killed = beside.submit(kill_host, f"{run}/trials/0002/seed-0")
         result = tune.main(config.model_copy(update={"resume": True, "trials": 3}))
