@@ -37,7 +37,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero1": {"name": "deepspeed", "zero_stage": 1},
     "zero2": {"name": "deepspeed", "zero_stage": 2},
 }
-STEPS, CUT = 12, 8
+STEPS, CUT = 20, 12
 ALONE = "alone"
 SLOW = {
     "zero1",
@@ -92,14 +92,14 @@ class Answered:
 
 
 def student(place: Place, accumulate: int = 1) -> Distiller:
-    """A student of 12 steps: 4 of warm-up, 2 of heads alone, 6 against the panel."""
+    """A student of 20 steps: 6 of warm-up, 4 of heads alone, 10 against the panel."""
     local = panel(levels_per_step=2, order="student_first", refresh_rate=0.02)
     critics = GatheredPanel(local, place) if place.ranks > 1 else local
     adversarial = OptimizerConfig(
         learning_rate=1e-3, betas=(0.0, 0.99), weight_decay=0.01, warmup_steps=0, decay=False, ema_decay=0.9
     )
     return distiller(
-        critics, place, accumulate, warmup={"steps": 4}, heads_alone=2, steps=6, optimizer=adversarial
+        critics, place, accumulate, warmup={"steps": 6}, heads_alone=4, steps=10, optimizer=adversarial
     )
 
 
