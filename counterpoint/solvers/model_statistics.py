@@ -13,6 +13,7 @@ takes two, and workers need not wait for each other's l.
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from counterpoint.solvers.empirical_statistics import ModelStatistics, half_log_
 logger = logging.getLogger(__name__)
 
 SUMS = ("linear", "x", "v", "dv", "xx", "xv", "vv", "xdv", "vdv")
-_PROBE_STEP, _LAMBDA_STEP = 1e-2, 2e-2
+_PROBE_STEP = 1e-2
 _OWN_SAMPLES = SamplerConfig(
     scheduler="DPMSolverMultistepScheduler", options={"timestep_spacing": "trailing", "solver_order": 2}
 )
@@ -41,9 +42,9 @@ _OWN_SAMPLES = SamplerConfig(
 class EstimationConfig(Section):
     """How l, s, b are estimated; samples count for more than intervals."""
 
-    samples: int = Field(default=256, ge=2)
+    samples: int = Field(default=192, ge=2)
     """Images, each noised to every level of the grid."""
-    intervals: int = Field(default=64, ge=16)
+    intervals: int = Field(default=48, ge=16)
     """Intervals of the grid, even in lambda; the grid has one level more. Between levels l, s and b are
     taken as linear, which a much wider spacing than 0.5 in lambda does not bear where alpha is small."""
     batch_size: int = Field(default=64, ge=1)
@@ -95,6 +96,7 @@ class Velocity:
         self.network, self.labels, self.kind = network, labels, scheduler.config.prediction_type
         self.guider = classifier_free(guidance_scale)
         self.known = half_log_snr(scheduler.alphas_cumprod).flip(0).contiguous()  # ascending
+        self.range = float(self.known[0]), float(self.known[-1])
         self.dtype = next((weights.dtype for weights in network.parameters()), torch.float64)
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ def estimate(
     levels = noise_levels(scheduler, config.intervals)
     totals = {name: np.zeros((len(levels), *images.shape[1:])) for name in SUMS}
     indices = range(shard, config.samples, shards)
-    forward: bool | None = None
+    forward, width = None, float(levels[1] - levels[0])
     for start in range(0, len(indices), config.batch_size):
         batch = indices[start : start + config.batch_size]
         clean, noise, probe, own = _draw(network, scheduler, images, labels, config, seed, batch)
@@ -144,7 +146,7 @@ def estimate(
             x = alpha * clean + sigma * noise
             if forward is None:
                 forward = has_forward_mode(field, x, level)
-            v, along, dv = observe(field, x, level, probe, forward, -1.0 if level == levels[-1] else 1.0)
+            v, along, dv = observe(field, x, level, probe, forward, width)
             linear = sigma * (sigma + alpha * along * probe)  # eq. 58
             products = (linear, x, v, dv, x * x, x * v, v * v, x * dv, v * dv)
             for name, product in zip(SUMS, products, strict=True):
@@ -154,27 +156,31 @@ def estimate(
 
 @torch.no_grad()
 def observe(
-    field: Velocity, x: Tensor, level: Tensor, probe: Tensor, forward: bool, side: float = 1.0
+    field: Velocity, x: Tensor, level: Tensor, probe: Tensor, forward: bool, width: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return v, its derivative along `probe` in x, and its derivative in lambda along the ODE.
 
-    By forward mode, or by differences to one side: the first's error of first order has mean zero over
-    probes, the second goes to `side` (1 or -1), which keeps within the schedule at its ends.
+    The first derivative is by forward mode, or by a difference to one side, whose error of first order has
+    mean zero over probes. The second is a central difference over `width` in lambda, at the schedule's ends
+    over half of it: networks hear time as sinusoids of up to one radian a timestep, and its exact derivative
+    is mostly their jitter, which a step of the solver never sees.
     """
-    slope = -torch.sigmoid(2 * level).sqrt() * torch.sigmoid(-2 * level).sqrt()
     if forward:
         v, along = torch.func.jvp(field, (x, level), (probe, torch.zeros_like(level)))[:2]
-        return v, along, torch.func.jvp(field, (x, level), (slope * v, torch.ones_like(level)))[1]
-    v, step = field(x, level), side * _LAMBDA_STEP
-    along = (field(x + _PROBE_STEP * probe, level) - v) / _PROBE_STEP
-    return v, along, (field(x + step * slope * v, level + step) - v) / step
+    else:
+        v = field(x, level)
+        along = (field(x + _PROBE_STEP * probe, level) - v) / _PROBE_STEP
+    slope = -torch.sigmoid(2 * level).sqrt() * torch.sigmoid(-2 * level).sqrt() * v
+    ends = [(level + side * width / 2).clamp(*field.range) for side in (-1, 1)]
+    before, after = (field(x + (end - level) * slope, end) for end in ends)
+    return v, along, (after - before) / (ends[1] - ends[0])
 
 
 def has_forward_mode(field: Velocity, x: Tensor, level: Tensor) -> bool:
     """Return whether all layers of the network have forward-mode derivatives; fused attention has none."""
     try:
         with torch.no_grad():
-            torch.func.jvp(field, (x, level), (torch.ones_like(x), torch.ones_like(level)))
+            torch.func.jvp(field, (x, level), (torch.ones_like(x), torch.zeros_like(level)))
     except (NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         logger.info("derivatives of the network by differences, as forward mode fails: %s", reason)
@@ -213,6 +219,20 @@ def describe(
     return schedule_of(scheduler.config) | settings
 
 
+def probe_of(index: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return a sample's Rademacher probe of `shape`, float64: a row of a Hadamard matrix with signs flipped.
+
+    Over a whole matrix of rows the products of two different pixels add up to 0, so that what Hutchinson's
+    estimate of a diagonal takes from the rest of the Jacobian cancels but for its change over samples
+    (Bekas, Kokiopoulou & Saad 2007).
+    """
+    pixels = math.prod(shape)
+    block, row = divmod(index, 1 << (pixels - 1).bit_length())
+    signs = torch.randint(0, 2, (pixels,), generator=generator(seed, "statistics", "probes", block))
+    odd = torch.from_numpy(np.bitwise_count(np.arange(pixels) & row) % 2)
+    return (1.0 - 2.0 * ((signs + odd) % 2).double()).reshape(shape)
+
+
 def weights_fingerprint(network: torch.nn.Module) -> str:
     """Return 16 hex digits of the SHA-256 of all names and values of a network."""
     digest = hashlib.sha256()
@@ -238,7 +258,7 @@ def _draw(
         stream = generator(seed, "statistics", index)
         chosen.append(int(torch.randint(len(images), (), generator=stream)))
         noises.append(torch.randn(shape, generator=stream, dtype=torch.float64))
-        probes.append(torch.randint(0, 2, shape, generator=stream).double() * 2 - 1)
+        probes.append(probe_of(index, shape, seed))
         starts.append(torch.randn(shape, generator=stream))
     noise, probe = torch.stack(noises).to(device), torch.stack(probes).to(device)
     own, clean = labels[chosen].to(device), images[chosen].to(device).double()
