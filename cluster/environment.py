@@ -34,8 +34,14 @@ def describe_environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "versions": {name: _version(name) for name in LIBRARIES},
-        "command": sys.argv,
+        "command": [_script(sys.argv[0]), *sys.argv[1:]],
     }
+
+
+def _script(path: str) -> str:
+    """Return what was started, as a path below this project if it is: results name no machine's paths."""
+    source = Path(__file__).resolve().parent.parent
+    return str(Path(path).relative_to(source)) if Path(path).is_relative_to(source) else path
 
 
 def _git(*arguments: str) -> str | None:
