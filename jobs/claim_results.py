@@ -11,8 +11,6 @@ from jobs.claim_plan import Plan, Run
 from jobs.claim_verdict import arm_summary, compared
 from jobs.claim_work import Headline
 
-NOT_REACHED = "gave no number"
-
 
 def outcome(
     claim: ClaimConfig, plan: Plan, found: Mapping[str, Headline], command: str, at_once: int
@@ -45,7 +43,7 @@ def _figure(run: Run, found: Mapping[str, Headline], metric: str) -> float:
     if isinstance(value, int | float):
         return float(value)
     names = ", ".join(sorted(k for k, v in found[run.uri].items() if isinstance(v, int | float)))
-    raise ValueError(f"metric={metric}: {run.name} ({run.job}) {NOT_REACHED} of that name; it gave {names}")
+    raise ValueError(f"metric={metric}: {run.name} ({run.job}) gave no number of that name; it gave {names}")
 
 
 def _makespan(runs: Sequence[Run], found: Mapping[str, Headline], at_once: int) -> float:
