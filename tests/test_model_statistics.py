@@ -51,13 +51,13 @@ def test_gaussian_classes_have_the_statistics_of_the_closed_form() -> None:
     """The score is linear: l = sigma^2 / (alpha^2 c^2 + sigma^2), f = -l mu of the class, f' = -l' mu."""
     noise = schedule()
     network = Mixture(noise, CENTRES, SPREAD, by_class=True)
-    fine = config(intervals=200, samples=30)
+    fine = config(intervals=120, samples=20)
     found = coefficients(estimate(network, noise, images(), LABELS, fine, seed=0), noise, fine, {})
-    alpha, sigma = signal_and_noise(noise_levels(noise, 200))
+    alpha, sigma = signal_and_noise(noise_levels(noise, 120))
     linear = sigma**2 / (alpha**2 * SPREAD**2 + sigma**2)
     torch.testing.assert_close(found.l, linear, atol=1e-9, rtol=1e-9)
     # dl/dlambda = -2 l (1 - l); the estimate takes it by differences on the grid, worse at its ends.
-    torch.testing.assert_close(found.s, -2 * (1 - linear), atol=0.1, rtol=0)
+    torch.testing.assert_close(found.s, -2 * (1 - linear), atol=0.2, rtol=0)
     torch.testing.assert_close(found.b, torch.zeros_like(found.b), atol=0.02, rtol=0)
 
 
@@ -124,7 +124,8 @@ def _replayed(levels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_shards_add_up_to_the_whole_in_any_order() -> None:
     noise = schedule()
     network = Mixture(noise, CENTRES, 0.4)
-    part = functools.partial(estimate, network, noise, images(), LABELS, config(samples=17), 2)
+    small = config(samples=17, intervals=16)
+    part = functools.partial(estimate, network, noise, images(), LABELS, small, 2)
     whole, shards = part(), [part(i, 3) for i in range(3)]
     for order in ((0, 1, 2), (2, 0, 1)):
         merged = functools.reduce(Sums.merge, [shards[i] for i in order])
@@ -189,9 +190,10 @@ def test_a_ridge_and_a_clip_bound_s() -> None:
 
 def test_a_file_gives_back_what_it_was_given(tmp_path: Any) -> None:
     network, noise = unet(), schedule()
-    made_for = describe(network, noise, config(), 3)
-    sums = estimate(network, noise, torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), config(samples=2), 3)
-    written = coefficients(sums, noise, config(), made_for)
+    small = config(samples=2, intervals=16)
+    made_for = describe(network, noise, small, 3)
+    sums = estimate(network, noise, torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), small, 3)
+    written = coefficients(sums, noise, small, made_for)
     save_statistics(tmp_path / "statistics.safetensors", written)
     read = load_statistics(f"file://{tmp_path}/statistics.safetensors")
     assert read.made_for == made_for
