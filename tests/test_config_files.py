@@ -16,6 +16,7 @@ from jobs.bench_serve import ServeBenchConfig
 from jobs.chaos import ChaosConfig
 from jobs.chaos_serve import ServeChaosConfig
 from jobs.chaos_tune import TuneChaosConfig
+from jobs.claim import ClaimConfig
 from jobs.collect import CollectConfig
 from jobs.config import load_config
 from jobs.demo import DemoConfig
@@ -38,7 +39,7 @@ MODELS: dict[str, type[Section]] = {
     "digits/curve": TrainConfig,
     "digits/dit": TrainConfig, "digits/lit": LinearizeConfig,
     "digits/demo": DemoConfig, "digits/distill": DistillConfig, "digits/teacher": TrainConfig,
-    "digits/flow": TrainConfig, "digits/warmup": DistillConfig, "digits/sweep": TuneConfig,
+    "digits/claims_teacher": TrainConfig, "digits/flow": TrainConfig, "digits/warmup": DistillConfig, "digits/sweep": TuneConfig,
     "digits/pbt": TuneConfig,
     "digits/pbt_study": TuneStudyConfig, "digits/chaos_tune": TuneChaosConfig,
     "digits/chaos_teacher": TrainConfig,
@@ -58,7 +59,7 @@ MODELS: dict[str, type[Section]] = {
 def test_a_configuration_file_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     file = f"configs/{name}"
-    model = MODELS.get(name.removesuffix(".yaml"))
+    model = ClaimConfig if name.startswith("claims/") else MODELS.get(name.removesuffix(".yaml"))
     if name.endswith("plan.yaml"):
         model = plan_of([file])
     assert model is not None, f"{name} is in no verb's hands: name its model here"

@@ -27,7 +27,8 @@ def evaluated(run: Path, sampler: SamplerConfig, seed: int = 1234) -> dict[str, 
 @pytest.fixture(scope="module")
 def run(tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tiny teacher, to which solutions may be added."""
-    return Path(shutil.copytree(tiny_teacher, tmp_path_factory.mktemp("solved") / "run"))
+    copied = tmp_path_factory.mktemp("solved") / "run"
+    return Path(shutil.copytree(tiny_teacher, copied, ignore=shutil.ignore_patterns("solutions")))
 
 
 def test_the_reference_itself_has_no_error_and_few_steps_have_the_most(run: Path) -> None:
