@@ -31,6 +31,7 @@ from counterpoint.optimization import OptimizerConfig
 from counterpoint.place import Place
 from counterpoint.section import Section
 from counterpoint.strategies.config import StrategyConfig
+from counterpoint.strategies.zero import load_deepspeed
 from counterpoint.teacher import TeacherConfig, TeacherTrainer
 from counterpoint.unet import UNetConfig, build_unet
 from jobs.config import result_line
@@ -143,9 +144,7 @@ def _unet(case: MemoryCase) -> nn.Module:
 def _load_deepspeed(case: MemoryCase, rank: int) -> None:
     """Say what DeepSpeed reads from a launcher's environment, and load it before anything is measured."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
-    import deepspeed
-
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, dist_init_required=False)
+    load_deepspeed().init_distributed("gloo", auto_mpi_discovery=False, dist_init_required=False)
 
 
 def _warm_up() -> None:

@@ -21,6 +21,7 @@ from cluster.storage import RunStore
 from counterpoint.pipeline import ClassConditionalPipeline
 from counterpoint.section import Section
 from counterpoint.seeds import generator
+from counterpoint.unet import null_class
 from jobs.config import run_job
 from jobs.run_names import RunUri
 from jobs.runs import load_pipeline
@@ -74,6 +75,9 @@ def create_app(pipeline: ClassConditionalPipeline) -> FastAPI:
         """Generate, encode, and answer in the form of OpenAI's images API."""
         streams = [generator(wanted.seed, "sample", wanted.class_label, k) for k in range(wanted.n)]
         labels = [wanted.class_label] * wanted.n
+        classes = null_class(pipeline.unet)
+        if wanted.class_label >= classes:  # the pipeline itself takes one more, the unconditional model
+            raise HTTPException(400, f"class_label={wanted.class_label} must be from 0 to {classes - 1}")
         try:
             with turn:
                 (images,) = pipeline(

@@ -28,6 +28,7 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # a process for every training, for what no test does
     RAY_prestart_worker_first_driver="0",  # a process for every CPU, each some seconds of work
+    RAY_worker_niceness="0",  # a worker at 15 starves beside the processes of three modules of tests
     RAY_worker_register_timeout_seconds="300",  # machines that run tests may be slow
     RAY_USAGE_STATS_ENABLED="0",
     OMP_NUM_THREADS="1",

@@ -202,6 +202,7 @@ def test_the_golden_request_gets_the_golden_answer(served):
     assert answer == {
         "data": [{}, {}], "background": "opaque", "output_format": "png", "size": "16x16", "model": "digits",
         "version": "digits-v1", "class_label": 3, "seed": 7, "num_inference_steps": 2, "guidance_scale": 1.0,
+        "scheduler": "DDIMScheduler", "guider": None, "guider_options": {},
         "usage": {
             "input_tokens": 0, "output_tokens": 0, "total_tokens": 0,
             "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},

@@ -232,19 +232,8 @@ def test_a_stored_configuration_is_read_again_as_it_was(
     assert parse_config(type(config), [str(stored)]) == config
 
 
-@pytest.mark.parametrize(
-    ("found", "tool", "message"),
-    [
-        (None, "/usr/bin/g++", "deepspeed is not installed: pip install"),
-        ("spec", None, r"g\+\+ and ninja is missing"),
-    ],
-)
-def test_what_deepspeed_needs_is_asked_for_before_anything_starts(
-    monkeypatch: pytest.MonkeyPatch, found: str | None, tool: str | None, message: str
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
-    monkeypatch.setattr("shutil.which", lambda name: tool)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match=message):
+def test_what_deepspeed_needs_is_asked_for_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="deepspeed is not installed: pip install"):
         check_installed(StrategyConfig(name="deepspeed"))
     check_installed(StrategyConfig(name="fsdp"))

@@ -66,7 +66,7 @@ def start_hosts(
     for replica in range(replicas):
         for index, groups in enumerate(shares):
             settings = HostSettings(
-                f"critics-{index}-{replica}", groups, str(folder / str(replica)), 7, 120.0, replica, replicas,
+                f"critics-{index}-{replica}", groups, str(folder / str(replica)), 7, 400.0, replica, replicas,
                 transport, str(folder),
             )  # fmt: skip
             made = critic_actor(len(groups), ranks // replicas, replicas, transport=transport)
@@ -78,7 +78,7 @@ def start_hosts(
 
 
 def remote_panel(
-    recipe: PanelRecipe, hosts: list[HostHandle], rank: int = 0, ranks: int = 1, patience: float = 120.0
+    recipe: PanelRecipe, hosts: list[HostHandle], rank: int = 0, ranks: int = 1, patience: float = 400.0
 ) -> RemotePanel:
     """The panel over running hosts."""
     return RemotePanel(build_pieces(recipe, torch.device("cpu"))[0], hosts, rank, ranks, patience)

@@ -1,10 +1,8 @@
 """Which strategy trains a network over several processes, and with what savings of memory."""
 
 import importlib.util
-import shutil
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from counterpoint.section import Section
@@ -60,10 +58,4 @@ def check_installed(strategy: StrategyConfig) -> None:
         raise ValueError(
             "strategy.name=deepspeed, but deepspeed is not installed: pip install it after torch, or "
             "set strategy.name=fsdp"
-        )
-    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
-    if missing and not torch.cuda.is_available():
-        raise ValueError(
-            f"strategy.name=deepspeed without a GPU compiles an operator, and {' and '.join(missing)} is "
-            "missing on PATH: install it, or set strategy.name=fsdp"
         )

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO: optimizer state (1), gradients too (2), weights too (3) shared out over the processes.
 
 One engine serves a network for its whole training: a change of stage sets its optimizer back in place, and no
-second engine ever takes part in the same graph. DeepSpeed is a compiled dependency, imported when asked for.
+second engine ever takes part in the same graph. DeepSpeed is imported when it is asked for.
 """
 
 import logging
@@ -18,6 +18,17 @@ from counterpoint.strategies.learner import MOMENTS, Learner, Shard
 from counterpoint.strategies.whole import adamw
 
 
+def load_deepspeed() -> Any:
+    """Import DeepSpeed for training, which uses none of its compiled operators."""
+    import deepspeed
+    from deepspeed.comm import torch as backend
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A collective of inference, which it would compile for minutes on a machine without a GPU.
+    backend.build_shm_op = lambda: None
+    return deepspeed
+
+
 class ZeroLearner(Learner):
     """A network under a DeepSpeed engine, with torch's AdamW on this rank's flat fp32 partition.
 
@@ -25,9 +36,7 @@ class ZeroLearner(Learner):
     """
 
     def _share_out(self) -> None:
-        import deepspeed
-
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed = load_deepspeed()
         self.stage = self.place.strategy.zero_stage
         self.dtypes = {name: tensor.dtype for name, tensor in self.module.state_dict().items()}
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
