@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY_FILES = tempfile.mkdtemp(prefix="ray-")  # pytest's own directories are too long for Ray's unix sockets
-IMPORTABLE = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
+FORKED = ROOT / "tests" / "forked"
+IMPORTABLE = (str(ROOT), str(ROOT / "tests"), str(FORKED), os.environ.get("PYTHONPATH"))
 
 # Ray reads its environment when it is first imported, and only fixtures import it.
 os.environ.pop("RAY_ADDRESS", None)
@@ -58,6 +60,17 @@ class RayCluster:
     """The `ray.cluster_utils.Cluster`, with `add_node` and `remove_node`."""
     nodes: tuple[Any, ...] = ()
     """The nodes beside the head, in the order that they were added."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start, once for all of the session's processes, what Ray's workers are forked from."""
+    if "COUNTERPOINT_FORKS" not in os.environ:
+        path = os.path.join(RAY_FILES, "forks")
+        process = subprocess.Popen(
+            [sys.executable, str(FORKED / "fork_source.py"), path], start_new_session=True
+        )
+        config.add_cleanup(process.kill)
+        os.environ["COUNTERPOINT_FORKS"] = path
 
 
 def pytest_unconfigure() -> None:
