@@ -10,11 +10,11 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import selectors
 import signal
 import socket
 import sys
-import types
 from contextlib import suppress
 from typing import Any
 
@@ -41,7 +41,8 @@ def stand_in(path: str) -> None:
     channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MOST)
     request = {
         "argv": sys.orig_argv, "path": sys.path, "environment": dict(os.environ), "cwd": os.getcwd(),
-        "nice": os.nice(0), "files": resource.getrlimit(resource.RLIMIT_NOFILE), "surroundings": surroundings(),
+        "nice": os.nice(0), "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "surroundings": surroundings(),
     }  # fmt: skip
     try:
         channel.connect(path)
@@ -54,7 +55,8 @@ def stand_in(path: str) -> None:
     status = channel.recv(64)
     code = int(status) if status else 1
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 
@@ -96,7 +98,7 @@ class ForkSource:
                 return request
             self._watch(pid, channel)
         except (ValueError, OSError) as error:
-            print(f"no fork: {error}", file=sys.stderr)
+            sys.stderr.write(f"no fork: {error}\n")
             channel.close()
         finally:
             for file in files:
@@ -159,11 +161,7 @@ def go_on_as(request: dict[str, Any]) -> None:
     sys.orig_argv, sys.argv = request["argv"], request["argv"][1:]
     sys.path[:] = [os.path.dirname(script), *request["path"]]
     sys.path_importer_cache.clear()
-    main = types.ModuleType("__main__")
-    main.__file__ = script
-    sys.modules["__main__"] = main
-    with open(script) as source:
-        exec(compile(source.read(), script, "exec"), main.__dict__)
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":

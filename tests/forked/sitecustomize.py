@@ -1,8 +1,8 @@
 """Python runs this first in every process that finds it on its path: a starting worker of Ray becomes a fork.
 
-A worker that imports torch and diffusers by itself takes more than ten seconds of processor time to do so, and
-the tests start some hundred. With COUNTERPOINT_FORKS unset, or where anything is unlike the process that is
-forked, the worker starts as it would.
+A worker that imports torch and diffusers by itself takes more than ten seconds of processor time, and the tests
+start over a hundred. With COUNTERPOINT_FORKS empty, or where its surroundings are not those of the
+process that is forked, a worker starts as it would.
 """
 
 import os
