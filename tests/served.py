@@ -54,7 +54,9 @@ def serving(config: dict[str, Any], folder: Path) -> Iterator[Service]:
     path, log = folder / "serve.yaml", folder / "serve.log"
     path.write_text(yaml.safe_dump(config | {"port": port, "root": str(folder)}))
     # A cluster of its own, whose name for the token file is this test's: none is left in the home directory.
-    own = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    own = {
+        "HOME": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0",
+    }  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | own
     with log.open("w") as errors:
         process = subprocess.Popen(

@@ -59,7 +59,10 @@ def head(token):
     process = subprocess.Popen(
         [str(BIN / "ray"), "start", "--head", "--block", *flags],
         env=environment(
-            token, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1", RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0"
+            token,
+            RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+            RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
+            RAY_worker_niceness="0",
         ),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,7 +1,7 @@
-"""Python runs this first in every process that has it on its path: a starting worker of Ray is a fork instead.
+"""Python runs this first in every process that has it on its path: a starting worker of Ray becomes a fork.
 
-A worker that imports torch and diffusers by itself takes more than ten seconds of processor time, and the tests
-start over a hundred. With COUNTERPOINT_FORKS empty, or where its surroundings are not those of the
+A worker that imports torch and diffusers by itself takes more than ten seconds of processor time, and the
+tests start over a hundred. With COUNTERPOINT_FORKS empty, or where its surroundings are not those of the
 process that is forked, a worker starts as it would.
 """
 
