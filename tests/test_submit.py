@@ -60,6 +60,7 @@ def head(token):
         [str(BIN / "ray"), "start", "--head", "--block", *flags],
         env=environment(
             token,
+            PYTHONPATH=str(ROOT / "tests" / "forked"),
             RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
             RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
             RAY_worker_niceness="0",
