@@ -20,6 +20,10 @@ RAY_FILES = tempfile.mkdtemp(prefix="ray-")  # pytest's own directories are too 
 FORKED = ROOT / "tests" / "forked"
 IMPORTABLE = (str(ROOT), str(ROOT / "tests"), str(FORKED), os.environ.get("PYTHONPATH"))
 
+# The hundreds of processes that tests start read the project's modules compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Ray reads its environment when it is first imported, and only fixtures import it.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.update(
@@ -115,7 +119,8 @@ def fake_cluster(ray_cluster: RayCluster, request: pytest.FixtureRequest) -> Ite
     shapes = getattr(request.module, "NODES", FAKE_NODES)
     with _running(num_cpus=2) as cluster:
         nodes = tuple(
-            cluster.add_node(**shape, labels={"rack": str(rack)}) for rack, shape in enumerate(shapes)
+            cluster.add_node(**shape, labels={"rack": str(rack)}, include_log_monitor=False)
+            for rack, shape in enumerate(shapes)
         )
         cluster.wait_for_nodes()
         _attach(cluster.address)
@@ -135,7 +140,7 @@ def _running(num_cpus: int) -> Iterator[Any]:
     for tries_left in (2, 1, 0):
         cluster = Cluster()
         try:
-            cluster.add_node(num_cpus=num_cpus, include_dashboard=False)
+            cluster.add_node(num_cpus=num_cpus, include_dashboard=False, include_log_monitor=False)
             break
         except Exception:
             cluster.shutdown()

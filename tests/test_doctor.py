@@ -252,7 +252,7 @@ def test_a_stopped_node_is_a_finding_and_the_others_are_tested(faulty):
     try:
         assert raylets
         exam = doctor.Examination(
-            ClusterView.from_ray().nodes, time.monotonic() + 60, lambda _: None, answer_seconds=12.0
+            ClusterView.from_ray().nodes, time.monotonic() + 120, lambda _: None, answer_seconds=40.0
         )
         doctor._describe(exam, 4)
     finally:

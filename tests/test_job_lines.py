@@ -51,6 +51,7 @@ def test_unknown_key_ends_with_one_line_and_exit_code_2(config):
     assert "teacher.steps" in line
 
 
+@pytest.mark.slow  # test_jobs stops and resumes jobs in the tests' own process
 def test_interrupted_job_saves_and_goes_on(config, tmp_path):
     store = RunStore(str(tmp_path / "run"))
     job = start("jobs.train", config)

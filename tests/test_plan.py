@@ -182,6 +182,7 @@ def test_a_lone_trainer_on_one_gpu_hosts_its_critics_and_shares_with_others() ->
     assert both["exchange"] == 16 * 3 * 4 * math.prod(shape)
 
 
+@pytest.mark.slow  # test_submit reads the last line of a job
 def test_the_last_line_is_json() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "jobs.plan", "configs/digits/teacher.yaml", "--job", "train", "--gpus", "0"],

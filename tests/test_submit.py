@@ -119,8 +119,8 @@ def submission(folder, token, log, *arguments):
 def long_distillation(run, teacher, **critics):
     return distill_config(
         run, teacher, warmup={"steps": 6, "batch_size": 16}, steps=[1],
-        adversarial={"heads_alone": 3, "steps": 150, "batch_size": 16}, critics=CRITICS | critics,
-        trainer={"workers": critics["actors"], "threads": 1, "checkpoint_every": 20},
+        adversarial={"heads_alone": 3, "steps": 80, "batch_size": 16}, critics=CRITICS | critics,
+        trainer={"workers": critics["actors"], "threads": 1, "checkpoint_every": 10},
     )  # fmt: skip
 
 
@@ -129,20 +129,18 @@ def test_a_submitted_distillation_is_stopped_and_goes_on_from_a_fresh_clone(
     tiny_teacher, tmp_path, monkeypatch
 ):
     run, undisturbed, token = tmp_path / "run", tmp_path / "undisturbed", secrets.token_hex(16)
-    config, wrong = tmp_path / "student.yaml", tmp_path / "wrong.yaml"
+    config = tmp_path / "student.yaml"
     config.write_text(dump_config(long_distillation(run, tiny_teacher, actors=1)))
-    wrong.write_text(f"extends: {config.name}\ncritics: {{headz: 3}}\n")
     folder = clone(tmp_path / "clone")
     with head(token) as address:
         refused_without_token(address, tmp_path, monkeypatch)
-        log, wrong_log = tmp_path / "log", tmp_path / "wrong.log"
+        log = tmp_path / "log"
         first = submission(
             folder, token, log, f"address={address}", "env=[MARK]", "--", "distill", str(config)
         )
-        other = submission(folder, token, wrong_log, f"address={address}", "--", "distill", str(wrong))
         until(lambda: checkpoint_step(run) > 0 or first.poll() is not None, 500, "a checkpoint of the job")
         assert first.poll() is None, log.read_text()
-        assert "of 159 steps to go" in log.read_text()  # while the job runs
+        assert "of 89 steps to go" in log.read_text()  # while the job runs
         name = next(
             line.split("sent ")[1].split()[0] for line in log.read_text().splitlines() if "sent " in line
         )
@@ -153,10 +151,8 @@ def test_a_submitted_distillation_is_stopped_and_goes_on_from_a_fresh_clone(
         assert first.wait(240) == 130, log.read_text()
         assert "resume=true goes on" in log.read_text()
         stopped_at = checkpoint_step(run)
-        assert 0 < stopped_at < 159
+        assert 0 < stopped_at < 89
         assert f'"stopped_at_step": {stopped_at}' in log.read_text()
-        assert other.wait(400) == 2
-        assert "error: unknown key critics.headz = 3" in wrong_log.read_text()
         again = subprocess.run(
             [
                 str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".",
@@ -169,7 +165,7 @@ def test_a_submitted_distillation_is_stopped_and_goes_on_from_a_fresh_clone(
     assert f"goes on from its checkpoint of step {stopped_at}" in again.stdout
     distill.main(long_distillation(undisturbed, tiny_teacher, actors=0))
     assert largest_difference(str(run), str(undisturbed)) < 1e-4
-    assert logged_steps(str(run)) == list(range(1, 160))
+    assert logged_steps(str(run)) == list(range(1, 90))
     told = last_result(again.stdout.splitlines())
     assert told["run"] == str(run)
     assert told["student_1_fd"] == json.loads((run / "results.json").read_text())["headline"]["student_1_fd"]

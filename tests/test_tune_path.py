@@ -92,7 +92,7 @@ def kill_host(run: str) -> None:
 def test_a_sweep_outlives_its_driver_a_host_and_a_failed_trial_and_is_extended(
     ray_cluster, tiny_teacher, tmp_path
 ):
-    run, steps = tmp_path / "sweep", 60
+    run, steps = tmp_path / "sweep", 40
     # The second cell's teacher is found missing only when the run begins.
     space = SPACE | {"teacher": {"grid": [tiny_teacher, str(tmp_path / "nowhere")]}}
     settings = sweep_of(run, base_of(tiny_teacher, steps), space=space, concurrent=1)
@@ -116,9 +116,8 @@ def test_a_sweep_outlives_its_driver_a_host_and_a_failed_trial_and_is_extended(
         store = RunStore(record.runs[0])
         assert store.exists("report.html")
         assert read_results(store)["headline"]["student_1_train_fd"] == record.value
-        assert by_itself(tmp_path / f"alone-{record.index}", config, record) == pytest.approx(
-            record.value, rel=1e-6
-        )
+    # What a trial found that was begun by one driver and ended by another is what its run finds by itself.
+    assert by_itself(tmp_path / "alone", config, good) == pytest.approx(good.value, rel=1e-6)
     # A sweep that is whole has nothing to do, and says the same.
     begun = {record.index: record.lives for record in (good, failed, last)}
     again = tune.main(config.model_copy(update={"resume": True, "trials": 3}))
