@@ -24,9 +24,10 @@ test: lint
 	@$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
 # The slow ones too: network namespaces, kills in long runs, a whole benchmark, and more of what the others test a
-# part of, such as further strategies, a population, replicas in a whole run.
+# part of, such as further strategies, a population, replicas in a whole run. Here Ray's workers start as on a user's
+# cluster, where `make test` forks them from a process that has imported torch and diffusers (tests/forked).
 test-all: lint
-	@$(RUN) -m pytest $(PARALLEL)
+	@COUNTERPOINT_FORKS= $(RUN) -m pytest $(PARALLEL)
 
 lint: $(INSTALLED)
 	@$(RUN) -m ruff check .
