@@ -39,6 +39,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 STEPS, CUT = 20, 12
 ALONE = "alone"
+COMPILED = "compiled"
+"""Where DeepSpeed would leave what it compiles."""
 SLOW = {
     "zero1",
     "zero2",
@@ -226,6 +228,7 @@ def work(rank: int, folder: str, left_out: set[str]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ["TORCH_EXTENSIONS_DIR"] = f"{folder}/{COMPILED}"
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=240)
     )

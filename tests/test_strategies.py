@@ -13,6 +13,7 @@ from strategy_parts import (
     ADAPTED_STEPS,
     ALONE,
     BEFORE,
+    COMPILED,
     CUT,
     POLICIES,
     POLICY_STEPS,
@@ -81,6 +82,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 @pytest.mark.parametrize("name", marked(STRATEGIES))
 def test_two_processes_end_with_the_student_of_one(folder: Path, name: str) -> None:
     assert difference(tensors(folder / name), tensors(folder / ALONE)) < CLOSE
+
+
+def test_deepspeed_compiles_nothing(folder: Path) -> None:
+    """Without a GPU it would compile a collective that only inference asks for."""
+    assert not (folder / COMPILED).exists()
 
 
 @pytest.mark.parametrize("name", marked(STRATEGIES))

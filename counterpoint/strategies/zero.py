@@ -4,6 +4,7 @@ One engine serves a network for its whole training: a change of stage sets its o
 second engine ever takes part in the same graph. DeepSpeed is imported when it is asked for.
 """
 
+import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,8 +22,9 @@ from counterpoint.strategies.whole import adamw
 def load_deepspeed() -> Any:
     """Import DeepSpeed for training, which uses none of its compiled operators."""
     import deepspeed
-    from deepspeed.comm import torch as backend
 
+    # By its name: as an attribute, deepspeed.comm.torch is torch itself.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # A collective of inference, which it would compile for minutes on a machine without a GPU.
     backend.build_shm_op = lambda: None
