@@ -129,15 +129,17 @@ def test_a_submitted_distillation_is_stopped_and_goes_on_from_a_fresh_clone(
     tiny_teacher, tmp_path, monkeypatch
 ):
     run, undisturbed, token = tmp_path / "run", tmp_path / "undisturbed", secrets.token_hex(16)
-    config = tmp_path / "student.yaml"
+    config, wrong = tmp_path / "student.yaml", tmp_path / "wrong.yaml"
     config.write_text(dump_config(long_distillation(run, tiny_teacher, actors=1)))
+    wrong.write_text(f"extends: {config.name}\ncritics: {{headz: 3}}\n")
     folder = clone(tmp_path / "clone")
     with head(token) as address:
         refused_without_token(address, tmp_path, monkeypatch)
-        log = tmp_path / "log"
+        log, wrong_log = tmp_path / "log", tmp_path / "wrong.log"
         first = submission(
             folder, token, log, f"address={address}", "env=[MARK]", "--", "distill", str(config)
         )
+        other = submission(folder, token, wrong_log, f"address={address}", "--", "distill", str(wrong))
         until(lambda: checkpoint_step(run) > 0 or first.poll() is not None, 500, "a checkpoint of the job")
         assert first.poll() is None, log.read_text()
         assert "of 89 steps to go" in log.read_text()  # while the job runs
@@ -153,6 +155,8 @@ def test_a_submitted_distillation_is_stopped_and_goes_on_from_a_fresh_clone(
         stopped_at = checkpoint_step(run)
         assert 0 < stopped_at < 89
         assert f'"stopped_at_step": {stopped_at}' in log.read_text()
+        assert other.wait(400) == 2
+        assert "error: unknown key critics.headz = 3" in wrong_log.read_text()
         again = subprocess.run(
             [
                 str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".",

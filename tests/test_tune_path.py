@@ -116,8 +116,9 @@ def test_a_sweep_outlives_its_driver_a_host_and_a_failed_trial_and_is_extended(
         store = RunStore(record.runs[0])
         assert store.exists("report.html")
         assert read_results(store)["headline"]["student_1_train_fd"] == record.value
-    # What a trial found that was begun by one driver and ended by another is what its run finds by itself.
-    assert by_itself(tmp_path / "alone", config, good) == pytest.approx(good.value, rel=1e-6)
+        assert by_itself(tmp_path / f"alone-{record.index}", config, record) == pytest.approx(
+            record.value, rel=1e-6
+        )
     # A sweep that is whole has nothing to do, and says the same.
     begun = {record.index: record.lives for record in (good, failed, last)}
     again = tune.main(config.model_copy(update={"resume": True, "trials": 3}))

@@ -70,6 +70,7 @@ class ForkSource:
         self.listener.listen(64)
         self.waiting = selectors.DefaultSelector()
         self.waiting.register(self.listener, selectors.EVENT_READ)
+        self.forks: set[int] = set()
         self.ready = False
 
     def serve(self) -> dict[str, Any]:
@@ -116,6 +117,7 @@ class ForkSource:
             self.ready = True
 
     def _watch(self, pid: int, channel: socket.socket) -> None:
+        self.forks.add(pid)
         process = os.pidfd_open(pid)
         self.waiting.register(process, selectors.EVENT_READ, (pid, process, channel))
         self.waiting.register(channel, selectors.EVENT_READ, (pid, process, channel))
@@ -124,6 +126,9 @@ class ForkSource:
 
     def _ended(self, pid: int, process: int, channel: socket.socket) -> None:
         """Part with a fork that has ended, or whose stand-in has: then it is killed."""
+        if pid not in self.forks:  # both have ended since the last look, and one has been seen
+            return
+        self.forks.remove(pid)
         with suppress(ProcessLookupError):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found == 0:
